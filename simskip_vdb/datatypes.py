@@ -1,0 +1,137 @@
+"""The nouns that every part of the project passes around."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vectors = NDArray[np.float32]
+"""Row vectors, shape (n, d)."""
+Ids = NDArray[Any]
+"""Row ids, shape (n,): int64 in FAISS."""
+Positions = NDArray[np.int64]
+"""Row numbers in scan order, shape (n,)."""
+
+
+class Metric(str, Enum):
+    """How a store compares a query with a row."""
+
+    COSINE = "cosine"
+    DOT = "dot"
+    EUCLID = "euclid"
+
+
+class Side(str, Enum):
+    """What moves: only the stored rows, or the queries too."""
+
+    DOCS = "docs"
+    BOTH = "both"
+
+
+class Split(str, Enum):
+    """What a query is used for."""
+
+    FIT = "fit"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreInfo:
+    """What a store says of itself.
+
+    Attributes:
+        uri: Address, without secrets.
+        kind: What it is, in a person's words, such as ``IVF32 Flat``.
+        count: Rows.
+        dim: Dimension of a vector.
+        metric: How queries and rows are compared.
+        positional: True where a row's id is its position, so ids shift when rows are removed.
+        exact: True where a vector is read back as it was written (no lossy codes).
+        details: Index parameters worth showing, by FAISS's or Qdrant's own names.
+    """
+
+    uri: str
+    kind: str
+    count: int
+    dim: int
+    metric: Metric
+    positional: bool = False
+    exact: bool = True
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class VectorBatch:
+    """Some rows of a store.
+
+    Attributes:
+        ids: Shape (b,).
+        vectors: Shape (b, d), float32.
+        fields: Payload columns that were asked for, each of length b.
+        cursor: Where a later scan goes on after this batch.
+    """
+
+    ids: Ids
+    vectors: Vectors
+    fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    cursor: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Neighbors:
+    """Answer to a search, best first.
+
+    Attributes:
+        ids: Shape (q, k); -1 where the store returned fewer than k rows.
+        scores: Shape (q, k), float32, higher is better (L2 is negated); -inf where there is no row.
+    """
+
+    ids: Ids
+    scores: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class JudgedQueries:
+    """Queries of one split with the rows judged for them, in compressed sparse rows.
+
+    Attributes:
+        ids: Query ids, length m.
+        vectors: Shape (m, d), float32.
+        indptr: Shape (m + 1,), int64; query i's judgments are ``rows[indptr[i]:indptr[i + 1]]``.
+        rows: Positions of judged rows in scan order, int64.
+        grades: Relevance of each judgment, int32; 0 means judged not relevant.
+    """
+
+    ids: tuple[str, ...]
+    vectors: Vectors
+    indptr: NDArray[np.int64]
+    rows: Positions
+    grades: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def query_of_judgment(self) -> NDArray[np.int64]:
+        """Return the query's index for every judgment, shape (len(rows),)."""
+        return np.repeat(np.arange(len(self.ids)), np.diff(self.indptr))
+
+    def subset(self, keep: NDArray[np.bool_]) -> JudgedQueries:
+        """Return the queries where ``keep`` (shape (m,)) is true."""
+        judged = np.repeat(keep, np.diff(self.indptr))
+        sizes = np.diff(self.indptr)[keep]
+        return JudgedQueries(
+            ids=tuple(q for q, kept in zip(self.ids, keep, strict=True) if kept),
+            vectors=self.vectors[keep],
+            indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+            rows=self.rows[judged],
+            grades=self.grades[judged],
+        )

@@ -1,0 +1,83 @@
+"""Every error the project raises on purpose, and the exit code each one means.
+
+    SimskipError                          1
+    ├ ConfigError(ValueError)             2   nothing touched
+    ├ MissingDependencyError(ImportError) 2   names the extra to install
+    ├ DataError(ValueError)               1   NaN, zero vector, duplicate id, wrong dimension, no positives
+    ├ StoreError                          1   carries the URI without secrets
+    │ ├ StoreNotFoundError
+    │ ├ UnsupportedIndexError                 why it cannot be refined, and what would make it possible
+    │ ├ StoreChangedError                     somebody else wrote to it meanwhile
+    │ ├ VerificationError                     what was read back is not what was written
+    │ └ TransientStoreError             4     retries exhausted; the same command resumes
+    ├ FitError                            1   the loss is not finite
+    └ JournalError                        1   the state on disk does not match this index
+
+A refused gate is a result, not an error.
+"""
+
+from __future__ import annotations
+
+
+class SimskipError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(SimskipError, ValueError):
+    """The command or its options make no sense; nothing was touched."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(SimskipError, ImportError):
+    """A package from an extra is not installed."""
+
+    exit_code = 2
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed; it comes with the extra '{extra}': "
+            f"pip install 'simskip-vdb[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra
+
+
+class DataError(SimskipError, ValueError):
+    """Vectors or judgments that cannot be used."""
+
+
+class StoreError(SimskipError):
+    """A store could not be opened, read or written."""
+
+
+class StoreNotFoundError(StoreError):
+    """There is nothing at this address."""
+
+
+class UnsupportedIndexError(StoreError):
+    """This index cannot be refined; the message says why and what would make it possible."""
+
+
+class StoreChangedError(StoreError):
+    """Somebody else wrote to the store between reading and writing; nothing was overwritten."""
+
+
+class VerificationError(StoreError):
+    """What was read back is not what was written."""
+
+
+class TransientStoreError(StoreError):
+    """The store kept failing after retries; the same command resumes."""
+
+    exit_code = 4
+
+
+class FitError(SimskipError):
+    """The fit diverged."""
+
+
+class JournalError(SimskipError):
+    """The state on disk does not match this index, or is damaged."""
