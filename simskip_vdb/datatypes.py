@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,6 +16,13 @@ Ids = NDArray[Any]
 """Row ids, shape (n,): int64 in FAISS."""
 Positions = NDArray[np.int64]
 """Row numbers in scan order, shape (n,)."""
+
+Progress = Callable[[str, int, int], None]
+"""Hears of progress: (stage, done, of how many)."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
 
 
 class Metric(str, Enum):

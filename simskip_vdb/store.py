@@ -93,16 +93,16 @@ class FileBacked(Protocol):
         ...
 
     def replace_keeping(
-        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path, expected: str
+        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
     ) -> None:
-        """Replace as `VectorStore.replace` does, and keep the old file as `keep`.
+        """Replace as `VectorStore.replace` does, and keep the old file as `keep` if given.
 
         The swap happens only while the file's hash is `expected`.
         """
         ...
 
     def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
-        """Write the rewritten index to `output`, which must not exist, and leave this file alone."""
+        """Write the rewritten index to a new file, `output`, and leave this one alone."""
         ...
 
     def put_back(self, kept: Path, *, expected: str) -> None:

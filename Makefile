@@ -1,0 +1,41 @@
+# Every target does its own set-up from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint type bench dist clean
+
+demo: $(VENV)/demo.done  ## see an index get better and get restored
+	$(BIN)/simskip demo
+
+test: $(VENV)/dev.done  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.done  ## style and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+type: $(VENV)/dev.done  ## mypy, strict
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results
+	$(BIN)/python benchmarks/sets.py
+	$(BIN)/python benchmarks/apply.py
+
+dist: $(VENV)/dev.done  ## wheel and source distribution
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info
+
+$(VENV)/demo.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[faiss,fit,eval,demo]'
+	touch $@
+
+$(VENV)/dev.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e '.[dev]'
+	touch $@

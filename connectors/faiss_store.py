@@ -1,0 +1,259 @@
+"""A FAISS index in a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from simskip_vdb.connectors.faiss_layout import Index, Layout, take_apart
+from simskip_vdb.connectors.faiss_rebuild import faiss_call, rebuild
+from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
+from simskip_vdb.connectors.swap import (
+    Identity,
+    copy_durably,
+    disk_errors,
+    give_new_name,
+    kept_as,
+    make_durable,
+    sha256_of,
+    staged,
+    swap_in,
+    take_mode_and_owner,
+    unchanged,
+)
+from simskip_vdb.datatypes import Ids, Neighbors, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.errors import (
+    ConfigError,
+    StoreError,
+    StoreNotFoundError,
+    VerificationError,
+)
+from simskip_vdb.store import Check
+
+_SCHEME = "faiss:"
+_ROWS = 8192
+_SMALL = 1 << 20
+
+
+class FaissStore:
+    """A `VectorStore` that is one file, written by ``faiss.write_index``.
+
+    The index is read through a memory map. A file that changes underneath is noticed before each
+    batch and each search; an application that saves over it *during* one can still end the
+    process, as it would any reader of the map.
+    """
+
+    def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
+        """Open an index.
+
+        Raises:
+            StoreNotFoundError: There is no such file.
+            UnsupportedIndexError: The index cannot be refined.
+            StoreError: The file is not an index, or damaged.
+        """
+        self._path = Path(path).resolve()
+        self._read_only = read_only
+        self._open()
+
+    @classmethod
+    def open(cls, uri: str, *, read_only: bool) -> FaissStore:
+        """Open ``faiss:PATH`` or a plain path."""
+        return cls(uri.removeprefix(_SCHEME), read_only=read_only)
+
+    @property
+    def path(self) -> Path:
+        """The index file, links resolved."""
+        return self._path
+
+    def sha256(self) -> str:
+        """Hash the file's bytes, 64 hex digits."""
+        return sha256_of(self._path)
+
+    def info(self) -> StoreInfo:
+        """Describe the index as it was opened."""
+        layout = self._layout
+        return StoreInfo(
+            uri=self._uri,
+            kind=layout.kind,
+            count=len(layout),
+            dim=layout.dim,
+            metric=layout.metric,
+            positional=layout.positional,
+            exact=layout.exact,
+            details=layout.details,
+        )
+
+    def scan(
+        self,
+        batch_size: int,
+        *,
+        fields: Sequence[str] = (),
+        cursor: int | None = None,
+        partition: int | None = None,
+    ) -> Iterator[VectorBatch]:
+        """Yield every row once; see `VectorStore.scan`.
+
+        The order is that of the positions or of the id map; an IVF goes by ascending id, so that
+        the order is the same after vectors were replaced.
+        """
+        only_vectors(self._uri, fields, partition)
+        windows = self._rows.windows(batch_size, cursor)
+        return (
+            VectorBatch(
+                ids=self._rows.ids[start:stop], vectors=self._read(start, stop), cursor=stop
+            )
+            for start, stop in windows
+        )
+
+    def fetch(self, ids: Ids) -> Vectors:
+        """Return the vectors of these ids; see `VectorStore.fetch`."""
+        positions = self._rows.positions(ids)
+        unchanged(self._path, self._identity)
+        with faiss_call(self._path, "reading rows"):
+            return self._layout.take(positions)
+
+    def search(self, queries: Vectors, k: int, params: Mapping[str, Any]) -> Neighbors:
+        """Search through the index; see `VectorStore.search`.
+
+        Args:
+            queries: Shape (q, d).
+            k: Rows wanted for each query.
+            params: ``nprobe``, ``efSearch`` (or ``hnsw_ef``), ``k_factor``,
+                ``quantizer_efSearch``; they hold for this call only.
+        """
+        array = checked_queries(self._uri, queries, self._layout.dim, k)
+        unchanged(self._path, self._identity)
+        with self._layout.using(params), faiss_call(self._path, "searching"):
+            distances, ids = self._layout.root.search(array, k)
+        similarity = self._layout.root.metric_type == faiss.METRIC_INNER_PRODUCT
+        scores = np.where(ids < 0, -np.inf, distances if similarity else -distances)
+        return Neighbors(ids=ids, scores=scores.astype(np.float32))
+
+    def replace(self, batches: Iterable[VectorBatch], check: Check) -> None:
+        """Write new vectors to existing rows; see `VectorStore.replace`."""
+        self.replace_keeping(batches, check, keep=None, expected=self.sha256())
+
+    def replace_keeping(
+        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
+    ) -> None:
+        """Replace as `replace` does, and keep the old file; see `FileBacked.replace_keeping`."""
+        self._writable()
+        unchanged(self._path, self._identity)
+        with staged(self._path) as temporary:
+            take_mode_and_owner(temporary, self._path)
+            self._write(batches, check, temporary)
+            unchanged(self._path, self._identity, expected)
+            take_mode_and_owner(temporary, self._path)
+            with kept_as(self._path, keep, expected):
+                unchanged(self._path, self._identity)
+                swap_in(temporary, self._path)
+        self._open()
+
+    def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
+        """Write the rewritten index to a new file; see `FileBacked.write_copy`."""
+        if os.path.lexists(output):
+            raise StoreError(f"{output}: exists already; choose another name")
+        with staged(output) as temporary:
+            self._write(batches, check, temporary)
+            with disk_errors(output):
+                temporary.chmod(self._path.stat().st_mode & 0o777)
+            give_new_name(temporary, output)
+
+    def put_back(self, kept: Path, *, expected: str) -> None:
+        """Swap a kept file back; see `FileBacked.put_back`.
+
+        The kept file is copied, not linked: an application that saves in place must not reach it.
+
+        Raises:
+            StoreNotFoundError: The kept file is gone.
+            StoreChangedError: The file's hash is not `expected`.
+        """
+        self._writable()
+        if not kept.is_file():
+            raise StoreNotFoundError(f"{kept}: the kept file is gone; {self._path} is unchanged")
+        with staged(self._path) as temporary:
+            with disk_errors(self._path):
+                copy_durably(kept, temporary)
+            take_mode_and_owner(temporary, self._path)
+            unchanged(self._path, self._identity, expected)
+            swap_in(temporary, self._path)
+        self._open()
+
+    @property
+    def _uri(self) -> str:
+        return f"{_SCHEME}{self._path}"
+
+    def _open(self) -> None:
+        path = self._path
+        if not path.exists():
+            raise StoreNotFoundError(f"{path}: there is no such file")
+        if not path.is_file():
+            raise StoreError(f"{path}: not a file; give the index file itself")
+        with disk_errors(path):
+            self._identity = Identity.of(path)
+            path.open("rb").close()
+        with faiss_call(path, "this is not a FAISS index that can be read"):
+            self._layout: Layout = take_apart(_read_mapped(path, self._identity.size))
+        self._rows = RowOrder(self._layout.ids, self._uri)
+
+    def _writable(self) -> None:
+        if self._read_only:
+            raise ConfigError(f"{self._uri} was opened for reading only")
+
+    def _read(self, start: int, stop: int) -> Vectors:
+        unchanged(self._path, self._identity)
+        with faiss_call(self._path, "reading rows"):
+            return self._layout.read(start, stop)
+
+    def _write(self, batches: Iterable[VectorBatch], check: Check, target: Path) -> None:
+        """Write the rewritten index to `target` and let it be checked."""
+        index = rebuild(self._path, self._layout, self._merged(batches))
+        with faiss_call(target, "writing the new index; is the disk full?"):
+            faiss.write_index(index, str(target))
+            make_durable(target)
+        del index
+        # A new map drops the pages of the old file that were read, which count as memory.
+        unchanged(self._path, self._identity)
+        self._open()
+        candidate = FaissStore(target, read_only=True)
+        self._verify(candidate)
+        check(candidate)
+
+    def _merged(self, batches: Iterable[VectorBatch]) -> Iterator[Vectors]:
+        """Yield all rows in scan order: new vectors where there are any, else the stored ones."""
+        done = 0
+        for positions, vectors in self._rows.changes(batches, self._layout.dim):
+            for start in range(done, positions[-1] + 1, _ROWS):
+                stop = min(start + _ROWS, int(positions[-1]) + 1)
+                first, last = np.searchsorted(positions, (start, stop))
+                block = self._read(start, stop)
+                block[positions[first:last] - start] = vectors[first:last]
+                yield block
+            done = int(positions[-1]) + 1
+        for start, stop in self._rows.windows(_ROWS, done):
+            yield self._read(start, stop)
+
+    def _verify(self, candidate: FaissStore) -> None:
+        old, new = self._layout, candidate._layout
+        if not np.array_equal(new.ids, old.ids) or new.root.ntotal != old.root.ntotal:
+            raise VerificationError(
+                f"{self._path}: {len(old)} rows went in and {len(new)} came out, or their ids "
+                "differ (an IVF drops vectors that are not finite); nothing was changed"
+            )
+        if (new.kind, dict(new.details)) != (old.kind, dict(old.details)):
+            raise VerificationError(
+                f"{self._path}: {old.kind} {dict(old.details)} became {new.kind} "
+                f"{dict(new.details)}; nothing was changed"
+            )
+
+
+def _read_mapped(path: Path, size: int) -> Index:
+    # FAISS's mapped reader does not notice a header or a last number that is cut off; its plain
+    # one does, and for a small file costs nothing. The flag is missing from old versions.
+    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    return faiss.read_index(str(path), 0 if size < _SMALL else mapped)

@@ -1,0 +1,121 @@
+"""From ids to positions: what every store with rows in a fixed order needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Ids, Positions, VectorBatch, Vectors
+from simskip_vdb.errors import ConfigError, DataError
+
+
+class Change(NamedTuple):
+    """New vectors for some rows.
+
+    Attributes:
+        positions: Strictly ascending, shape (b,).
+        vectors: Shape (b, d), float32.
+    """
+
+    positions: Positions
+    vectors: Vectors
+
+
+class RowOrder:
+    """The ids of a store's rows in scan order, and the way back from an id to its position."""
+
+    def __init__(self, ids: NDArray[np.int64], store: str) -> None:
+        """Take the ids, shape (n,), and the store's address for messages."""
+        self.ids = ids
+        self._store = store
+        self._by_id: Positions = np.argsort(ids, kind="stable")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def positions(self, ids: Ids) -> Positions:
+        """Find the rows of these ids, shape (len(ids),).
+
+        Raises:
+            DataError: An id is not in the store, or occurs more than once.
+        """
+        wanted = np.asarray(ids)
+        if len(wanted) == 0:
+            return np.empty(0, np.int64)
+        if wanted.dtype.kind not in "iu":
+            raise DataError(f"{self._store}: ids are integers, not {wanted.dtype}")
+        first = np.searchsorted(self.ids, wanted, side="left", sorter=self._by_id)
+        last = np.searchsorted(self.ids, wanted, side="right", sorter=self._by_id)
+        self._refuse(wanted[last == first], "is not in the store")
+        self._refuse(wanted[last - first > 1], "occurs more than once")
+        return self._by_id[first]
+
+    def changes(self, batches: Iterable[VectorBatch], dim: int) -> Iterator[Change]:
+        """Check batches against the order of a scan and turn ids into positions.
+
+        Raises:
+            DataError: A batch names an unknown id, is out of order, or has a wrong dimension.
+        """
+        done = 0
+        for batch in batches:
+            vectors = np.ascontiguousarray(batch.vectors, np.float32)  # (b, d)
+            if vectors.shape != (len(batch), dim):
+                raise DataError(
+                    f"{self._store}: {len(batch)} ids came with vectors of shape "
+                    f"{vectors.shape}; the store holds vectors of dimension {dim}"
+                )
+            positions = self.positions(batch.ids)
+            if len(positions) == 0:
+                continue
+            if positions[0] < done or np.any(np.diff(positions) <= 0):
+                raise DataError(f"{self._store}: rows come out of the order of a scan, or twice")
+            done = int(positions[-1]) + 1
+            yield Change(positions, vectors)
+
+    def windows(self, batch_size: int, cursor: int | None) -> Iterator[tuple[int, int]]:
+        """Cut the rows from ``cursor`` on into (start, stop).
+
+        Raises:
+            ConfigError: The batch size is below 1 or the cursor points outside.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"{self._store}: a batch holds at least one row, not {batch_size}")
+        first = 0 if cursor is None else cursor
+        if not 0 <= first <= len(self):
+            raise ConfigError(f"{self._store}: cursor {first} is outside 0..{len(self)}")
+        starts = range(first, len(self), batch_size)
+        return ((start, min(start + batch_size, len(self))) for start in starts)
+
+    def _refuse(self, ids: Ids, why: str) -> None:
+        if len(ids):
+            raise DataError(f"{self._store}: id {ids[0]} {why}")
+
+
+def only_vectors(store: str, fields: object, partition: object) -> None:
+    """Refuse payload columns and partitions for a store that has neither.
+
+    Raises:
+        ConfigError: One of them was asked for.
+    """
+    if fields:
+        raise ConfigError(f"{store}: rows have no payload, so there are no fields to read")
+    if partition is not None:
+        raise ConfigError(f"{store}: the store has no partitions")
+
+
+def checked_queries(store: str, queries: Vectors, dim: int, k: int) -> Vectors:
+    """Return queries as contiguous float32, shape (q, d).
+
+    Raises:
+        DataError: The dimension is not the store's.
+        ConfigError: `k` is below 1.
+    """
+    array = np.ascontiguousarray(queries, np.float32)
+    if array.ndim != 2 or array.shape[1] != dim:
+        raise DataError(f"{store}: queries have shape {array.shape}, expected (q, {dim})")
+    if k < 1:
+        raise ConfigError(f"{store}: k is at least 1, not {k}")
+    return array

@@ -1,0 +1,199 @@
+"""Put a new file in the place of another: whole or not at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from simskip_vdb.errors import StoreChangedError, StoreError
+
+_CHUNK = 1 << 22
+
+
+class Identity(NamedTuple):
+    """Tells a file from the one that somebody wrote in its place, or into it."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, path: Path) -> Identity:
+        """Look at a file; raise OSError where there is none."""
+        found = path.stat()
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file's bytes, 64 hex digits.
+
+    Raises:
+        StoreError: The file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with disk_errors(path), path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors into `StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path}: {error.strerror or error}; nothing was changed. "
+            "Free space or allow writing in its folder, then run the same command"
+        ) from error
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """Make a private, empty file beside `target`, and leave none behind.
+
+    A leftover of a killed run is overwritten.
+
+    Raises:
+        StoreError: The folder cannot be written.
+    """
+    temporary = target.with_name(f".{target.name}.simskip-new")
+    with disk_errors(target):
+        temporary.unlink(missing_ok=True)
+        # Readable for nobody else until it has the target's mode.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def make_durable(file: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def take_mode_and_owner(temporary: Path, target: Path) -> None:
+    """Give the staged file the mode and the owner of the file that it will replace.
+
+    Raises:
+        StoreError: This user may not give files to that owner.
+    """
+    with disk_errors(target):
+        wanted, found = target.stat(), temporary.stat()
+        owner = (wanted.st_uid, wanted.st_gid)
+        if owner != (found.st_uid, found.st_gid):
+            try:
+                os.chown(temporary, *owner)
+            except PermissionError as error:
+                raise StoreError(
+                    f"{target}: it belongs to user {owner[0]}, group {owner[1]}, which a file "
+                    "written now would not; nothing was changed. Run as its owner"
+                ) from error
+        temporary.chmod(stat.S_IMODE(wanted.st_mode))
+
+
+def unchanged(path: Path, identity: Identity, expected: str | None = None) -> None:
+    """Make sure that a file is still the one that was opened.
+
+    Args:
+        path: The file.
+        identity: What it was when it was opened.
+        expected: Its SHA-256.
+
+    Raises:
+        StoreChangedError: Somebody wrote to it since.
+    """
+    try:
+        same = Identity.of(path) == identity
+    except OSError:
+        same = False
+    if not same or (expected is not None and sha256_of(path) != expected):
+        raise StoreChangedError(
+            f"{path}: somebody else wrote to it since it was opened; it was left as it is. "
+            "Run the command again"
+        )
+
+
+@contextmanager
+def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
+    """Keep a file under a second name; drop that name again if the block fails.
+
+    A name left by a killed run is taken over if its bytes are the expected ones.
+
+    Raises:
+        StoreError: There is another file of that name, or it cannot be made.
+    """
+    if keep is None:
+        yield
+        return
+    made = not keep.exists()
+    if made:
+        with disk_errors(keep):
+            _link_or_copy(path, keep)
+    elif sha256_of(keep) != expected:
+        raise StoreError(f"{keep}: exists and holds something else; nothing was changed")
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                keep.unlink()
+        raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        with staged(target) as temporary:
+            copy_durably(source, temporary)
+            shutil.copystat(source, temporary)
+            os.replace(temporary, target)
+    make_durable(target.parent)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's bytes and flush them to the disk."""
+    shutil.copyfile(source, target)
+    make_durable(target)
+
+
+def swap_in(temporary: Path, path: Path) -> None:
+    """Put the staged file in the place of `path`.
+
+    Raises:
+        StoreError: The system refused; the old file is still in place.
+    """
+    with disk_errors(path):
+        os.replace(temporary, path)
+        make_durable(path.parent)
+
+
+def give_new_name(temporary: Path, output: Path) -> None:
+    """Give the staged file a name that nobody has.
+
+    Raises:
+        StoreError: Somebody has it.
+    """
+    with disk_errors(output):
+        try:
+            os.link(temporary, output)
+        except FileExistsError:
+            raise StoreError(f"{output}: exists already; choose another name") from None
+        except OSError:
+            os.replace(temporary, output)
+        make_durable(output.parent)

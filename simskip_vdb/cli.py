@@ -1,0 +1,414 @@
+"""The command line: parse, call one function, print, map errors to exit codes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from tqdm import tqdm
+
+from simskip_vdb import __version__
+from simskip_vdb.errors import ConfigError, SimskipError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+JUDGMENT_FILES: tuple[tuple[str, str], ...] = (
+    ("queries", "Query vectors: .npy, or .parquet/.jsonl with columns id, vector."),
+    ("query-ids", "Ids of a .npy's rows, one a line."),
+    ("qrels", "Judgments: TREC or BEIR TSV, plain or .gz."),
+    (
+        "doc-ids",
+        "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id.",
+    ),
+    ("labels", "Group of each row: one a line where index ids are 0…n-1; else TSV id, group."),
+    ("dev-queries", "Queries for validation; otherwise split off by hash."),
+    ("dev-query-ids", "Their ids."),
+    ("dev-qrels", "Their judgments."),
+    ("dev-labels", "Their groups, one a line."),
+    ("test-queries", "Queries for the final test; otherwise split off by hash."),
+    ("test-query-ids", "Their ids."),
+    ("test-qrels", "Their judgments."),
+    ("test-labels", "Their groups, one a line."),
+)
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    failed; the message says what and what to do
+  2    wrong usage; nothing was touched
+  3    the gate refused; nothing was written
+  4    stopped part-way; the same command resumes
+  130  interrupted; the same command resumes"""
+
+JUDGMENT_RULES = """Judgments: unknown documents and queries, queries with NaN, infinite or zero
+vectors, and queries without a relevant document in the index are skipped and counted. Wrong
+dimensions, duplicate query ids, malformed lines and conflicting grades are refused. One set of
+judgments is split by a hash of the query id, about 60/20/20, into fit, validation and test; a query
+never changes its split. Rows of the index that are NaN, infinite or zero are left as they are."""
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EXIT_CODES,
+)
+@click.version_option(__version__, prog_name="simskip")
+@click.option("-v", "--verbose", is_flag=True, help="Log each stage to stderr.")
+def cli(verbose: bool) -> None:
+    """Make a vector index better without re-embedding it.
+
+    Reads the vectors that an index holds, fits a small refiner on them, proves on held-out queries
+    whether retrieval got better, and only then writes refined vectors back: same ids, order,
+    parameters. One command undoes it. Try `simskip demo`.
+
+    INDEX is a URI: faiss:PATH, or a plain path to a FAISS file.
+    """
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s %(message)s",
+    )
+
+
+def main() -> None:
+    """Run the command line and exit with the code that the outcome means."""
+    try:
+        code = cli.main(prog_name="simskip", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command resumes", err=True)
+        code = INTERRUPTED
+    except SimskipError as error:
+        if "--json" in sys.argv:
+            body = {"type": type(error).__name__, "message": str(error)}
+            _print_json({"schema": 1, "error": body, "exit_code": error.exit_code})
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code or 0)
+
+
+def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_index = click.argument("index")
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+_state = click.option(
+    "--state", type=click.Path(path_type=Path), help="State folder; by default INDEX.simskip/."
+)
+_judgments = _options(
+    *(
+        click.option(
+            f"--{name}", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=text
+        )
+        for name, text in JUDGMENT_FILES
+    )
+)
+_measure = click.option(
+    "--measure",
+    help="What the gate judges, as ir-measures writes it: nDCG@10, R@100, RR@10, P@5, Rprec…  "
+    "[default: nDCG@10; Rprec with groups]",
+)
+_search_params = click.option(
+    "--search-params",
+    default="",
+    metavar="NAME=VALUE,…",
+    help="Search settings as your application sets them, such as nprobe=16 or efSearch=64.",
+)
+_seed = click.option("--seed", default=0, show_default=True, help="Seed of every random draw.")
+_fitting = _options(
+    click.option(
+        "--side",
+        type=click.Choice(["docs", "both"]),
+        default="docs",
+        show_default=True,
+        help="docs: only stored rows move. both: queries pass through the refiner too.",
+    ),
+    click.option(
+        "--signal",
+        type=click.Choice(["auto", "judged", "groups", "neighbours", "augment"]),
+        default="auto",
+        show_default=True,
+        help="What to learn from; auto takes judgments, else groups, else neighbours.",
+    ),
+    _seed,
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to fit.",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Also save the refiner to this folder."
+    ),
+)
+_growing = click.option(
+    "--growing", is_flag=True, help="Rows keep arriving: refuse what is unfair to late rows."
+)
+
+
+@cli.command()
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="Folder for the index, the judgments and the picture.",
+)
+@_seed
+@_json
+def demo(out: Path, seed: int, as_json: bool) -> None:
+    """Watch an index get better and get restored, on real data.
+
+    Builds an IVF index of handwritten digits, refines it in place, prints before and after, draws
+    queries with their neighbours, rolls back, and compares checksums. Takes under a minute.
+    """
+    from simskip_vdb.demo import run_demo
+
+    with _Bars() as bars:
+        result = run_demo(out, seed=seed, progress=bars, say=_say(as_json))
+    if as_json:
+        _print_json(result)
+
+
+@cli.command()
+@_index
+@_state
+@_json
+def inspect(index: str, state: Path | None, as_json: bool) -> None:
+    """Show what an index is, how healthy its vectors are, and what could be done next."""
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.inspection import inspect as look
+    from simskip_vdb.inspection import render
+
+    with _Bars() as bars:
+        result = look(open_store(index, read_only=True), state, progress=bars)
+    _print(result, render, as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@_index
+@_judgments
+@_measure
+@_fitting
+@_state
+@_json
+def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 click's options
+    """Fit a refiner and show what validation says of it; write nothing to INDEX.
+
+    The test queries are not read. Use the refiner with `simskip refine INDEX --refiner DIR`.
+    """
+    from simskip_vdb import pipeline
+    from simskip_vdb.report import render
+
+    store, judgments, settings = _prepare(index, options)
+    with _Bars() as bars:
+        report = pipeline.fit(store, judgments, settings, progress=bars)
+    _print(report.to_dict(), render, as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@_index
+@_judgments
+@_measure
+@click.option(
+    "--refiner",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The refiner to compare with what INDEX holds; by default the one that wrote it.",
+)
+@click.option(
+    "--on",
+    type=click.Choice(["validation", "test"]),
+    default="validation",
+    show_default=True,
+    help="Which queries. test is recorded as a look, and each look makes the gate stricter.",
+)
+@_search_params
+@_seed
+@_state
+@_json
+def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 click's options
+    """Measure retrieval before and after a refiner; write nothing to INDEX."""
+    from simskip_vdb import pipeline
+    from simskip_vdb.datatypes import Split
+    from simskip_vdb.report import render
+
+    on = Split(options.pop("on"))
+    store, judgments, settings = _prepare(index, options)
+    with _Bars() as bars:
+        report = pipeline.evaluate(store, judgments, settings, on=on, progress=bars)
+    _print(report.to_dict(), render, as_json)
+
+
+@cli.command(epilog=f"{JUDGMENT_RULES}\n\n{EXIT_CODES}")
+@_index
+@_judgments
+@_measure
+@_growing
+@_fitting
+@click.option(
+    "--refiner",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Use this fitted refiner instead of fitting one.",
+)
+@_search_params
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="With --side both: the new file; INDEX stays as it is.",
+)
+@click.option(
+    "--accept-unmeasured",
+    is_flag=True,
+    help="Write although nothing can be measured. Never overrides a measured refusal.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would happen; write nothing, read no test query."
+)
+@_state
+@_json
+def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 click's options
+    r"""Refine INDEX in place, if held-out queries prove that retrieval gets better.
+
+    \b
+    simskip refine faiss:products.faiss --queries q.npy --query-ids q.txt \
+        --qrels qrels.tsv --doc-ids ids.txt
+    simskip refine faiss:intents.faiss --labels labels.txt --test-queries q.npy \
+        --test-labels ql.txt --side both --output better.faiss
+    simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
+    """
+    from simskip_vdb import pipeline
+    from simskip_vdb.report import render
+
+    store, judgments, settings = _prepare(index, options, read_only=bool(options.get("dry_run")))
+    with _Bars() as bars:
+        report = pipeline.refine(store, judgments, settings, progress=bars)
+    _print(report.to_dict(), render, as_json)
+    return report.exit_code
+
+
+@cli.command()
+@_index
+@_state
+@_json
+def rollback(index: str, state: Path | None, as_json: bool) -> None:
+    """Restore the vectors that INDEX held before it was refined.
+
+    Where the file is as `refine` left it, the very bytes from before come back. Otherwise refined
+    rows get their original vectors again, and rows that were added or changed since stay.
+    """
+    from simskip_vdb import pipeline
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.report import render_rollback
+
+    with _Bars() as bars:
+        result = pipeline.rollback(open_store(index), state=state, progress=bars)
+    _print(result, render_rollback, as_json)
+
+
+@cli.command()
+@_index
+@_state
+@_json
+def status(index: str, state: Path | None, as_json: bool) -> None:
+    """Tell whether INDEX is refined, by what, since when, with what gain, and how to undo it."""
+    from simskip_vdb import pipeline
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.report import render_status
+
+    _print(pipeline.status(open_store(index, read_only=True), state=state), render_status, as_json)
+
+
+def _prepare(
+    index: str, options: dict[str, Any], *, read_only: bool = False
+) -> tuple[Any, Any, Any]:
+    """Read everything that the options name, before anything else happens."""
+    from simskip_vdb.config import FitSettings, Signal
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.datatypes import Side
+    from simskip_vdb.judgments import JudgmentFiles, read_judgments
+    from simskip_vdb.pipeline import Settings
+
+    names = [name.replace("-", "_") for name, _ in JUDGMENT_FILES]
+    files = JudgmentFiles(**{name: options.pop(name) for name in names})
+    fitting = {
+        name: kind(options.pop(name))
+        for name, kind in (("side", Side), ("signal", Signal), ("seed", int), ("device", str))
+        if name in options
+    }
+    params = _parameters(options.pop("search_params", ""))
+    settings = Settings(fit=FitSettings(**fitting), search_params=params, **options)
+    judgments = read_judgments(files)
+    return open_store(index, read_only=read_only), judgments, settings
+
+
+def _parameters(text: str) -> Mapping[str, float]:
+    params: dict[str, float] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = part.partition("=")
+        try:
+            params[name.strip()] = int(value) if value.strip().isdigit() else float(value)
+        except ValueError:
+            raise ConfigError(
+                f"--search-params: '{part}' is not NAME=NUMBER; write for example nprobe=16"
+            ) from None
+    return params
+
+
+def _print(
+    result: Mapping[str, Any], render: Callable[[Mapping[str, Any]], str], as_json: bool
+) -> None:
+    if as_json:
+        _print_json(result)
+    else:
+        click.echo(render(result))
+
+
+def _print_json(result: Mapping[str, Any]) -> None:
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    return lambda text: click.echo(text, err=as_json)
+
+
+class _Bars:
+    """A progress bar for each stage, on a terminal only."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._stage = ""
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or self._bar is None or done < self._bar.n:
+            self._close()
+            self._stage = stage
+            self._bar = tqdm(
+                desc=stage, total=total, unit_scale=True, disable=None, delay=0.5, leave=False
+            )
+        self._bar.update(done - self._bar.n)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

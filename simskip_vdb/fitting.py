@@ -1,0 +1,197 @@
+"""Fit the refiner that is tested and written, and learn how rows that arrive later fare with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb import __version__
+from simskip_vdb.datatypes import Progress, Split
+from simskip_vdb.errors import DataError
+from simskip_vdb.evaluation import late_row_share
+from simskip_vdb.gate import LateRows
+from simskip_vdb.refiner import LateRule, Refiner
+from simskip_vdb.rows import hash_ids, row_digests
+from simskip_vdb.workspace import Workspace
+
+if TYPE_CHECKING:
+    from simskip_vdb.training import Fitted, Plan, Problem
+
+TOP = 10
+LATE_ROWS = 0.1  # part of the rows that the probe treats as late
+
+Mask = NDArray[np.bool_]
+
+
+def fit_or_recall(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
+    """Return the refiner for these rows, judgments and settings, and the folder that holds it.
+
+    A fit that was done before on the very same input is recalled, not repeated.
+
+    Args:
+        space: The index and its judgments.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        DataError: The signal has no positives.
+        FitError: The fit diverged.
+        MissingDependencyError: torch is not installed.
+    """
+    key = _key(space)
+    refiner = _recall(space.journal.refiners, key)
+    if refiner is None:
+        with space.timed("fit"):
+            refiner = _fit(space, key, progress)
+    folder = space.journal.refiners / refiner.id
+    refiner.save(folder)
+    if space.settings.out is not None:
+        refiner.save(space.settings.out)
+        folder = space.settings.out
+    return refiner, folder
+
+
+def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
+    from simskip_vdb.training import Problem, fit_refiner
+
+    judged = space.judged
+    fit_queries = judged.queries[Split.FIT]
+    usable = space.usable & ~judged.held_out
+    problem = Problem(
+        vectors=space.rows.matrix(),
+        ids=space.rows.ids,
+        metric=space.info.metric,
+        queries=fit_queries if len(fit_queries) else None,
+        groups=judged.groups,
+        usable=usable,
+    )
+    settings = space.settings.fit
+
+    def stage(name: str) -> Any:  # noqa: ANN401 a callback
+        return lambda done, total, _: progress(name, done, total)
+
+    if not len(judged.queries[Split.VALIDATION]):
+        raise DataError(
+            "there are no validation queries to choose by; give judged queries, or labels"
+        )
+    fitted = fit_refiner(problem, settings, space.validate, progress=stage("fit"))
+    info = _info(fitted, key)
+    if fitted.refiner.is_identity:
+        return replace(fitted.refiner, info=info)
+    late_rows, rule = _probe(space, problem, fitted.plan, stage("probe"))
+    refiner = fitted.refiner
+    if space.held(Split.VALIDATION).any():
+        # Choices are made: rows that stood in for validation queries may now be learnt from.
+        whole = replace(problem, usable=space.usable & ~space.held(Split.TEST))
+        refiner = fit_refiner(
+            whole, settings, space.validate, progress=stage("fit"), plan=fitted.plan
+        ).refiner
+    info["late_rows"] = {**late_rows.to_dict(), "rule": rule.value}
+    return replace(refiner, late=rule, info=info)
+
+
+def _probe(
+    space: Workspace,
+    problem: Problem,
+    plan: Plan,
+    progress: Any,  # noqa: ANN401 a callback
+) -> tuple[LateRows, LateRule]:
+    """Fit again with a tenth of the rows late, and choose how late rows are to be treated.
+
+    Of the rules that are fair, the better on validation; if none is fair, the fairer.
+    """
+    from simskip_vdb.training import fit_refiner
+
+    ids = space.rows.ids
+    drawn = hash_ids(ids, space.settings.fit.seed) < np.uint64(LATE_ROWS * 2**64)
+    late: Mask = problem.usable & drawn
+    fitted = fit_refiner(
+        replace(problem, late=late),
+        space.settings.fit,
+        space.validate,
+        progress=progress,
+        plan=plan,
+    )
+    judged = space.judged.queries[Split.VALIDATION]
+    skip = space.skipped(Split.VALIDATION)
+    raw = space.search(judged.vectors, space.rows.blocks(), TOP, skip).ids
+    found = []
+    for rule in (LateRule.RAW, LateRule.F) if plan.alpha > 0 else (LateRule.RAW,):
+        refiner = replace(fitted.refiner, late=rule)
+        with_late = space.search(
+            refiner(judged.vectors), space.refined_blocks(refiner, late), TOP, skip
+        ).ids
+        share = late_row_share(raw, with_late, late)
+        value = space.validate(refiner, late)
+        found.append((share.fair, value if share.fair else -_unfairness(share), share, rule))
+    _, _, share, rule = max(found, key=lambda item: item[:2])
+    return share, rule
+
+
+def _unfairness(share: LateRows) -> float:
+    return abs(float(np.log(share.ratio))) if share.ratio else float("inf")
+
+
+def _info(fitted: Fitted, key: str) -> dict[str, Any]:
+    import torch
+
+    identity = fitted.trials[0].score
+    best = max(trial.score for trial in fitted.trials)
+    return {
+        "fit_key": key,
+        "signal": fitted.signal.value,
+        "validation": {"identity": identity, "best": best, "candidates": len(fitted.trials)},
+        "simskip_vdb": __version__,
+        "torch": torch.__version__,
+    }
+
+
+def _recall(folder: Path, key: str) -> Refiner | None:
+    for settings in sorted(folder.glob("*/refiner.json")):
+        try:
+            known = json.loads(settings.read_bytes())["info"].get("fit_key")
+        except (ValueError, KeyError, AttributeError):
+            continue
+        if known == key:
+            return Refiner.load(settings.parent)
+    return None
+
+
+def _key(space: Workspace) -> str:
+    """Hash everything that a fit depends on: rows, judgments, settings, version."""
+    digest = hashlib.sha256(__version__.encode())
+    digest.update(json.dumps(asdict(space.settings.fit), default=str, sort_keys=True).encode())
+    digest.update(space.measure.encode())
+    order = np.argsort(space.rows.ids, kind="stable")
+    digests = np.concatenate([row_digests(block) for _, block in space.rows.blocks()])
+    _feed(digest, space.rows.ids[order], digests[order])
+    if space.judged.groups is not None:
+        _feed(digest, space.judged.groups[order])
+    for split in (Split.FIT, Split.VALIDATION):
+        judged = space.judged.queries[split]
+        digest.update("\n".join(judged.ids).encode())
+        _feed(digest, judged.vectors, judged.indptr, space.rows.ids[judged.rows], judged.grades)
+    return digest.hexdigest()
+
+
+def _feed(digest: Any, *arrays: NDArray[Any]) -> None:  # noqa: ANN401 hashlib's type is private
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+
+
+def describe(info: Mapping[str, Any]) -> str:
+    """Say what validation said of a fit."""
+    found = info.get("validation")
+    if found is None:
+        return ""
+    return (
+        f"the best of {found['candidates']} candidates scored {found['best']:.4f} on validation, "
+        f"the vectors as they are {found['identity']:.4f}"
+    )

@@ -1,0 +1,287 @@
+"""Decide from measured evidence whether refined vectors may be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+ALPHA = 0.025
+"""One-sided error that all looks at one test set share."""
+MIN_QUERIES = 30
+"""Fewest test queries that can prove a gain, and fewest of a stratum whose mean is judged."""
+STRATUM_FALL = 0.01
+"""Most that a stratum of `MIN_QUERIES` or more may fall."""
+HARM_LEVEL = 0.05
+"""One-sided p below which a stratum of any size counts as harmed."""
+FAIR_LATE_ROWS = (0.75, 1.33)
+"""Share of late rows in the top 10, after over before, that is fair."""
+ANN_FALL = 0.01
+"""Most that ann_recall@10 may fall."""
+MIN_OVERLAP = 0.6
+"""Top-10 overlap inside groups below which the order was reshuffled."""
+TOLERANCE = 1e-9
+"""Differences of means below this are rounding."""
+
+
+def look_level(look: int) -> float:
+    """Return the one-sided level of the k-th look at a test set.
+
+    The levels .025/(k(k+1)) sum to .025 over all k (alpha spending by a telescoping series), so
+    looking again and again passes a useless refiner at most once in forty series.
+
+    Args:
+        look: 1 for the first look.
+
+    Raises:
+        ValueError: `look` is below 1.
+    """
+    if look < 1:
+        raise ValueError(f"looks are counted from 1, not {look}")
+    return ALPHA / (look * (look + 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One measure before and after refining, on the same queries.
+
+    Attributes:
+        queries: How many queries were compared.
+        before: Mean before.
+        after: Mean after.
+        delta: Mean of the paired differences, after minus before.
+        ci95: Paired bootstrap 95 % interval of `delta`; None with fewer than two queries.
+        wins: Queries that gained.
+        ties: Queries that stayed equal.
+        losses: Queries that lost.
+        level: One-sided level of the look; None where the measure is only described.
+        interval: Interval of `delta` with `level` in each tail; None where `level` is.
+        p: One-sided p of a gain, by sign flips; None where `level` is.
+        p_harm: One-sided p of a loss; None where `level` is.
+    """
+
+    queries: int
+    before: float
+    after: float
+    delta: float
+    ci95: tuple[float, float] | None
+    wins: int
+    ties: int
+    losses: int
+    level: float | None = None
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+    p_harm: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateRows:
+    """Late rows' share of the queries' top 10.
+
+    Attributes:
+        before: Share before refining, 0 to 1.
+        after: Share after refining, 0 to 1.
+        ratio: `after` over `before`; 1 where both are 0, None where only `before` is.
+    """
+
+    before: float
+    after: float
+    ratio: float | None
+
+    @property
+    def fair(self) -> bool:
+        """Whether late rows are found about as often as before."""
+        low, high = FAIR_LATE_ROWS
+        return self.ratio is not None and low <= self.ratio <= high
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields and the verdict as plain JSON values."""
+        return {**asdict(self), "fair": self.fair}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """What was measured on the test split.
+
+    Attributes:
+        measure: Name of the chosen measure, such as ``nDCG@10``.
+        look: Which look at this test set it was, from 1.
+        chosen: The chosen measure over all test queries, compared at the look's level.
+        strata: The chosen measure over ``seen`` and ``unseen`` queries.
+        growing: Whether rows will be added between runs.
+        late_rows: Shares of late rows; None where they were not measured.
+        group_overlap: Mean top-10 overlap inside groups, 0 to 1; None without groups.
+    """
+
+    measure: str
+    look: int
+    chosen: Comparison
+    strata: Mapping[str, Comparison] = field(default_factory=dict)
+    growing: bool = False
+    late_rows: LateRows | None = None
+    group_overlap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Whether to write, and why not.
+
+    Attributes:
+        passed: Whether refined vectors may be written.
+        look: The look at the test set that this was; None where none was taken.
+        reasons: Every failed condition, in words.
+        warnings: What a person should know although it forbids nothing.
+        unmeasured: True where writing was allowed without evidence, on request.
+    """
+
+    passed: bool
+    look: int | None
+    reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    unmeasured: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {**asdict(self), "reasons": list(self.reasons), "warnings": list(self.warnings)}
+
+
+def decide(evidence: Evidence | None, *, accept_unmeasured: bool = False) -> Decision:
+    """Decide whether refined vectors may be written.
+
+    Args:
+        evidence: What was measured; None where nothing was.
+        accept_unmeasured: Allow writing where nothing was measured. What was measured and refused
+            stays refused.
+
+    Raises:
+        ValueError: The chosen measure was not compared at the level of this look.
+    """
+    if evidence is None:
+        return _without_evidence(accept_unmeasured)
+    reasons = [
+        *_gain_reasons(evidence),
+        *(
+            reason
+            for name, stratum in evidence.strata.items()
+            for reason in _stratum_reasons(evidence.measure, name, stratum)
+        ),
+    ]
+    warnings = _overlap_warnings(evidence)
+    late = _late_row_findings(evidence)
+    (reasons if evidence.growing else warnings).extend(late)
+    return Decision(
+        passed=not reasons,
+        look=evidence.look,
+        reasons=tuple(reasons),
+        warnings=tuple(warnings),
+    )
+
+
+def decide_ann(before: float, after: float) -> Decision:
+    """Decide whether the user's own index still finds what exact search finds.
+
+    Args:
+        before: ann_recall@10 of the index as it was, 0 to 1.
+        after: ann_recall@10 of the candidate, 0 to 1.
+    """
+    if before - after <= ANN_FALL + TOLERANCE:
+        return Decision(passed=True, look=None)
+    reason = (
+        f"ann_recall@10 falls from {before:.3f} to {after:.3f}, by more than {ANN_FALL:g}: the "
+        "index finds fewer of the exact neighbours; search more of it (a larger nprobe or ef, "
+        "given as --search-params) or rebuild it with finer parameters"
+    )
+    return Decision(passed=False, look=None, reasons=(reason,))
+
+
+def _without_evidence(accept_unmeasured: bool) -> Decision:
+    if accept_unmeasured:
+        warning = "nothing was measured: this is written on request, without proof of a gain"
+        return Decision(passed=True, look=None, warnings=(warning,), unmeasured=True)
+    reason = (
+        "nothing was measured: give judged queries (--queries with --qrels) or groups (--labels), "
+        "or write without proof by --accept-unmeasured"
+    )
+    return Decision(passed=False, look=None, reasons=(reason,), unmeasured=True)
+
+
+def _gain_reasons(evidence: Evidence) -> list[str]:
+    chosen, level = evidence.chosen, look_level(evidence.look)
+    if chosen.level != level:
+        raise ValueError(f"look {evidence.look} needs a comparison at {level}, not {chosen.level}")
+    name = evidence.measure
+    reasons = []
+    if chosen.queries < MIN_QUERIES:
+        reasons.append(
+            f"only {chosen.queries} test queries: at least {MIN_QUERIES} are needed to prove a "
+            "gain; add judged queries"
+        )
+    if chosen.interval is None or not chosen.interval[0] > 0:
+        interval = "unknown" if chosen.interval is None else _range(chosen.interval)
+        reasons.append(
+            f"{name} goes from {chosen.before:.4f} to {chosen.after:.4f} ({chosen.delta:+.4f}), "
+            f"but the interval of the gain at look {evidence.look} is {interval}, which is not "
+            "above 0; more judged queries would narrow it"
+        )
+    if chosen.p is None or not chosen.p <= level:
+        p = "unknown" if chosen.p is None else f"{chosen.p:.3g}"
+        reasons.append(
+            f"the gain of {name} could be chance: p is {p} and look {evidence.look} at this test "
+            f"set needs {level:.3g} or less; fresh test queries would start again at look 1"
+        )
+    return reasons
+
+
+def _stratum_reasons(measure: str, name: str, stratum: Comparison) -> list[str]:
+    reasons = []
+    fall = -stratum.delta
+    if stratum.queries >= MIN_QUERIES and fall > STRATUM_FALL + TOLERANCE:
+        reasons.append(
+            f"{measure} of {name} queries falls by {fall:.4f} over {stratum.queries} queries, "
+            f"more than {STRATUM_FALL:g}; {_STRATUM_HELP}"
+        )
+    if stratum.p_harm is not None and stratum.p_harm < HARM_LEVEL:
+        reasons.append(
+            f"{measure} of {name} queries is harmed: {stratum.delta:+.4f} over {stratum.queries} "
+            f"queries, one-sided p {stratum.p_harm:.3g} is below {HARM_LEVEL:g}; {_STRATUM_HELP}"
+        )
+    return reasons
+
+
+_STRATUM_HELP = "judge more queries of that kind, so that fitting and validation see them"
+
+
+def _late_row_findings(evidence: Evidence) -> list[str]:
+    late = evidence.late_rows
+    if late is None:
+        if not evidence.growing:
+            return []
+        return ["the index grows, but late rows were not measured; measure them before writing"]
+    if late.fair:
+        return []
+    ratio = "more than any" if late.ratio is None else f"{late.ratio:.2f} times"
+    low, high = FAIR_LATE_ROWS
+    return [
+        f"rows that arrive later take {late.after:.1%} of the top 10 instead of {late.before:.1%}, "
+        f"{ratio} their share before ({low:g} to {high:g} is fair); refine again soon after adding "
+        "rows, or fit with more queries"
+    ]
+
+
+def _overlap_warnings(evidence: Evidence) -> list[str]:
+    overlap = evidence.group_overlap
+    if overlap is None or overlap >= MIN_OVERLAP:
+        return []
+    return [
+        f"the order inside groups was reshuffled: the top 10 of a query's own group overlap by "
+        f"{overlap:.2f} with those before, below {MIN_OVERLAP:g}; same-group precision cannot tell "
+        "whether that order got better"
+    ]
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.4f} to {interval[1]:+.4f}"

@@ -1,0 +1,323 @@
+"""The state on disk: what was read, what was written, what is kept to undo it.
+
+A state folder holds
+
+    manifest.json          the only file that is ever replaced; it names all the others
+    originals-*.arrow      every row as the application wrote it: id, vector (Arrow IPC)
+    written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC)
+    kept-*                 the index file as it was before the first write
+    refiners/ID/           fitted refiners
+    ledger.json            splits of queries, and looks at the test queries
+
+Files are named by their content's hash, written whole, fsynced, and only then named in the
+manifest; so at any instant the manifest points to complete files. A write to the index is announced
+in the manifest (`pending`) before it happens, and confirmed after; what is found pending later is
+decided by looking at the index.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch
+from simskip_vdb.durable import HashingFile, disk_errors, fsync_folder, sha256_of, write_durably
+from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
+from simskip_vdb.rows import Digests, Rows
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRef:
+    """A file of the state folder, with its checksum and number of rows."""
+
+    name: str
+    sha256: str
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """One write to the index: done, or announced.
+
+    Attributes:
+        refiner: Id of the refiner whose vectors were written; empty for a rollback.
+        before: SHA-256 of the index file before the write.
+        fingerprint: SHA-256 of the index file after the write.
+        written: Digests of all rows as read back.
+        kept: The index file from before the first write; None where rows changed in between.
+        time: Seconds since the epoch.
+        summary: What `status` shows: side, measure, before, after, ci95, evidence.
+    """
+
+    refiner: str
+    before: str
+    fingerprint: str
+    written: FileRef | None
+    kept: FileRef | None
+    time: float
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What the state folder holds and how far the index got."""
+
+    state_id: str
+    index: str
+    dim: int
+    metric: str
+    originals: FileRef | None = None
+    current: Write | None = None
+    pending: Write | None = None
+    copy_of: str | None = None
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+class Journal:
+    """The state of one index; open it as a context manager to hold its lock.
+
+    Args:
+        folder: The state folder; created when first written to.
+        info: The index it belongs to.
+
+    Raises:
+        JournalError: The state is damaged, of a newer schema, or of another index.
+    """
+
+    def __init__(self, folder: Path, info: StoreInfo) -> None:
+        self.folder = folder
+        self._info = info
+        self._lock: Any = None
+        self.manifest = self._read_manifest()
+
+    def __enter__(self) -> Journal:
+        try:
+            import filelock
+        except ImportError:
+            raise MissingDependencyError("filelock", "eval") from None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise JournalError(
+                f"another run holds {self.folder}; wait for it to end, then run the same command"
+            ) from None
+        except OSError as error:
+            raise StoreError(
+                f"cannot write the state folder {self.folder}: {error}; "
+                "choose another with --state DIR"
+            ) from error
+        self.manifest = self._read_manifest()
+        self._sweep()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        manifest = self.manifest
+        if manifest.originals is not None and manifest.current is manifest.pending is None:
+            self._update(originals=None)  # nothing was written, so nothing needs undoing
+        self._sweep()
+        self._lock.release()
+
+    @property
+    def refiners(self) -> Path:
+        """Folder of fitted refiners, one a subfolder named by id."""
+        return self.folder / "refiners"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
+
+    def path(self, ref: FileRef) -> Path:
+        """Return the path of a file that the manifest names, checked against its checksum.
+
+        Raises:
+            JournalError: The file is missing or damaged.
+        """
+        path = self.folder / ref.name
+        if not path.is_file():
+            raise JournalError(
+                f"{path} is missing; restore the state folder from a backup. "
+                "Nothing was written to the index"
+            )
+        if sha256_of(path) != ref.sha256:
+            raise JournalError(
+                f"{path} is damaged (its checksum differs); restore the state folder from a "
+                "backup. Nothing was written to the index"
+            )
+        return path
+
+    def open_originals(self) -> Rows:
+        """Return the originals that the manifest names.
+
+        Raises:
+            JournalError: There are none, or they are damaged.
+        """
+        if self.manifest.originals is None:
+            raise JournalError(f"{self.folder} holds no originals of this index")
+        return Rows(self.path(self.manifest.originals))
+
+    def save_originals(self, batches: Iterable[VectorBatch]) -> Rows:
+        """Write the originals, make them durable, and name them in the manifest."""
+        import pyarrow as pa
+
+        dim = self._info.dim
+        schema = pa.schema([("id", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
+
+        def tables() -> Iterator[Any]:
+            for batch in batches:
+                flat = pa.array(np.ascontiguousarray(batch.vectors, np.float32).ravel())
+                vectors = pa.FixedSizeListArray.from_arrays(flat, dim)
+                yield pa.record_batch([pa.array(batch.ids), vectors], schema=schema)
+
+        ref = self._save_arrow("originals", schema, tables())
+        self._update(originals=ref)
+        return Rows(self.folder / ref.name)
+
+    def announce(self, write: Write) -> None:
+        """Record a write that is about to happen."""
+        self._update(pending=write)
+
+    def settle(self, *, happened: bool) -> None:
+        """Record whether the announced write happened."""
+        write = self.manifest.pending
+        if write is None:
+            return
+        if not happened:
+            self._update(pending=None)
+        else:
+            entry = {
+                "action": "refine" if write.refiner else "rollback",
+                "refiner": write.refiner,
+                "time": write.time,
+                **write.summary,
+            }
+            self._update(
+                pending=None,
+                current=write if write.refiner else None,
+                originals=self.manifest.originals if write.refiner else None,
+                history=(*self.manifest.history, entry),
+            )
+        self._sweep()
+
+    def save_written(self, ids: Ids, digests: Digests) -> FileRef:
+        """Write the digests of rows as read back, in bytes 16 a row, and make them durable."""
+        import pyarrow as pa
+
+        schema = pa.schema([("id", pa.int64()), ("digest", pa.uint64())])
+        batch = pa.record_batch([pa.array(ids), pa.array(digests)], schema=schema)
+        return self._save_arrow("written", schema, [batch])
+
+    def open_written(self, ref: FileRef) -> tuple[Ids, Digests]:
+        """Return ids and digests saved by `save_written`."""
+        import pyarrow as pa
+
+        with pa.OSFile(str(self.path(ref))) as source:
+            table = pa.ipc.open_file(source).read_all()
+        return table["id"].to_numpy(), table["digest"].to_numpy()
+
+    def mark_copy(self, source: str, write: Write) -> None:
+        """Record that this index is a refined copy of another one."""
+        self._update(copy_of=source, current=write)
+
+    def _update(self, **changes: Any) -> None:  # noqa: ANN401 fields of Manifest
+        self.manifest = replace(self.manifest, **changes)
+        data = {"schema": SCHEMA, **asdict(self.manifest)}
+        write_durably(self.folder / "manifest.json", json.dumps(data, indent=1).encode())
+
+    def _read_manifest(self) -> Manifest:
+        path = self.folder / "manifest.json"
+        info = self._info
+        if not path.is_file():
+            return Manifest(
+                state_id=uuid.uuid4().hex, index=info.uri, dim=info.dim, metric=info.metric.value
+            )
+        try:
+            data = json.loads(path.read_bytes())
+            schema = data.pop("schema")
+            if schema != SCHEMA:
+                raise JournalError(
+                    f"{path} has schema {schema}, this version reads {SCHEMA}; upgrade simskip-vdb"
+                )
+            manifest = _manifest_from(data)
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, JournalError):
+                raise
+            raise JournalError(
+                f"{path} cannot be read ({error}); restore the state folder from a backup"
+            ) from error
+        if (manifest.dim, manifest.metric) != (info.dim, info.metric.value):
+            raise JournalError(
+                f"{self.folder} is the state of another index "
+                f"({manifest.dim} dimensions, {manifest.metric}), not of {info.uri} "
+                f"({info.dim}, {info.metric.value}); move it away or choose another with --state"
+            )
+        return manifest
+
+    def _save_arrow(self, stem: str, schema: Any, batches: Iterable[Any]) -> FileRef:  # noqa: ANN401 pyarrow
+        import pyarrow as pa
+
+        temporary = self.folder / f"{stem}.tmp"
+        rows = 0
+        with disk_errors(self.folder), open(temporary, "wb") as file:
+            sink = HashingFile(file)
+            with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+                    rows += batch.num_rows
+            file.flush()
+            os.fsync(file.fileno())
+            digest = sink.sha256.hexdigest()
+            name = f"{stem}-{digest[:12]}.arrow"
+            os.replace(temporary, self.folder / name)
+            fsync_folder(self.folder)
+        return FileRef(name=name, sha256=digest, rows=rows)
+
+    def _sweep(self) -> None:
+        """Delete what a killed run or a finished write left unnamed."""
+        manifest = self.manifest
+        named = {manifest.originals.name} if manifest.originals else set()
+        for write in (manifest.current, manifest.pending):
+            if write is not None:
+                named |= {ref.name for ref in (write.written, write.kept) if ref is not None}
+        for pattern in ("originals*", "written*", "kept*"):
+            for file in self.folder.glob(pattern):
+                if file.name not in named:
+                    file.unlink()
+
+
+def _manifest_from(data: Mapping[str, Any]) -> Manifest:
+    known = {item.name for item in fields(Manifest)}
+    values = {name: value for name, value in data.items() if name in known}
+    for name in ("current", "pending"):
+        values[name] = _write_from(values[name])
+    values["originals"] = _ref_from(values["originals"])
+    values["history"] = tuple(values["history"])
+    return Manifest(**values)
+
+
+def _write_from(data: Mapping[str, Any] | None) -> Write | None:
+    if data is None:
+        return None
+    refs = {name: _ref_from(data[name]) for name in ("written", "kept")}
+    return Write(**{**data, **refs})
+
+
+def _ref_from(data: Mapping[str, Any] | None) -> FileRef | None:
+    return None if data is None else FileRef(**data)

@@ -1,0 +1,185 @@
+"""What people give as evidence of relevance: read it and check it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simskip_vdb.datatypes import Vectors
+from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.parsing import (
+    Qrels,
+    RowColumn,
+    read_lines,
+    read_qrels,
+    read_query_table,
+    read_row_column,
+    read_vectors,
+)
+
+RULES = """\
+Refused: repeated query ids; vectors of another dimension than the index; ids, labels and vectors
+of different counts; malformed lines; grades that are not integers; one pair judged with different
+grades; a query in two splits; judgments of which nothing is usable; fewer than two rows.
+Skipped and counted: queries with NaN, infinite or zero vectors; judgments of unknown documents or
+queries; queries without a relevant known document; queries to be split that are near-identical to
+one given for validation or test; repeated equal judgments.
+Grade 0 means judged not relevant; negative grades count as 0."""
+"""What is refused and what is skipped, for help texts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgmentFiles:
+    """The files that hold judgments, by the names of their options; all may be left out."""
+
+    queries: Path | None = None
+    query_ids: Path | None = None
+    qrels: Path | None = None
+    doc_ids: Path | None = None
+    labels: Path | None = None
+    dev_queries: Path | None = None
+    dev_query_ids: Path | None = None
+    dev_qrels: Path | None = None
+    dev_labels: Path | None = None
+    test_queries: Path | None = None
+    test_query_ids: Path | None = None
+    test_qrels: Path | None = None
+    test_labels: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class QuerySet:
+    """Queries that were given together, with either judgments or labels.
+
+    Attributes:
+        option: The option that named them, such as ``--test-queries``.
+        ids: Query ids, length m, all different.
+        vectors: Shape (m, d), float32, as they were read.
+        qrels: Judgments; None where there are labels.
+        labels: One label a query, length m; None where there are judgments.
+    """
+
+    option: str
+    ids: tuple[str, ...]
+    vectors: Vectors
+    qrels: Qrels | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Judgments:
+    """Everything that people gave, with external ids, not yet tied to rows.
+
+    Attributes:
+        queries: Queries to be split by hash.
+        dev: Queries given for validation.
+        test: Queries given for test.
+        doc_ids: External document id of each row; None where judgments name index ids.
+        labels: Label of each row; None without groups.
+    """
+
+    queries: QuerySet | None = None
+    dev: QuerySet | None = None
+    test: QuerySet | None = None
+    doc_ids: RowColumn | None = None
+    labels: RowColumn | None = None
+
+
+def read_judgments(files: JudgmentFiles) -> Judgments:
+    """Read what the files hold and check it as far as it can be without the index.
+
+    Raises:
+        ConfigError: A file is missing, or options do not belong together.
+        DataError: A file's content breaks one of the `RULES`.
+        MissingDependencyError: A parquet file was given and pyarrow is not installed.
+    """
+    _check_combination(files)
+    return Judgments(
+        queries=_read_set(files, ""),
+        dev=_read_set(files, "dev_"),
+        test=_read_set(files, "test_"),
+        doc_ids=None if files.doc_ids is None else read_row_column(files.doc_ids),
+        labels=None if files.labels is None else read_row_column(files.labels),
+    )
+
+
+def _check_combination(files: JudgmentFiles) -> None:
+    for prefix in ("", "dev_", "test_"):
+        _check_set(files, prefix)
+    if files.queries is not None and files.qrels is None:
+        raise ConfigError("--queries needs --qrels, the judgments of those queries")
+    if files.doc_ids is not None and not any((files.qrels, files.dev_qrels, files.test_qrels)):
+        raise ConfigError("--doc-ids has no effect without judgments; give --qrels or leave it out")
+
+
+def _check_set(files: JudgmentFiles, prefix: str) -> None:
+    path: Path | None = getattr(files, f"{prefix}queries")
+    ids: Path | None = getattr(files, f"{prefix}query_ids")
+    qrels: Path | None = getattr(files, f"{prefix}qrels")
+    labels: Path | None = getattr(files, f"{prefix}labels") if prefix else None
+    queries = _option(f"{prefix}queries")
+    if path is None:
+        for name, given in (("query_ids", ids), ("qrels", qrels), ("labels", labels)):
+            if given is not None:
+                raise ConfigError(f"{_option(prefix + name)} needs {queries}, the vectors")
+        return
+    if path.suffix not in (".npy", ".parquet", ".jsonl"):
+        raise ConfigError(f"{queries} {path}: give a .npy, .parquet or .jsonl file")
+    if ids is not None and path.suffix != ".npy":
+        raise ConfigError(f"{path} holds its ids; leave {_option(prefix + 'query_ids')} out")
+    if qrels is not None and ids is None and path.suffix == ".npy":
+        raise ConfigError(
+            f"{queries} {path} holds no ids for the judgments to name; "
+            f"give {_option(prefix + 'query_ids')}, one id a line"
+        )
+    if prefix and (qrels is None) == (labels is None):
+        raise ConfigError(
+            f"{queries} needs either {_option(prefix + 'qrels')} or {_option(prefix + 'labels')}"
+        )
+    if labels is not None and files.labels is None:
+        raise ConfigError(f"{_option(prefix + 'labels')} needs --labels, the labels of the rows")
+
+
+def _read_set(files: JudgmentFiles, prefix: str) -> QuerySet | None:
+    path: Path | None = getattr(files, f"{prefix}queries")
+    if path is None:
+        return None
+    qrels: Path | None = getattr(files, f"{prefix}qrels")
+    labels: Path | None = getattr(files, f"{prefix}labels") if prefix else None
+    ids, vectors = _read_queries(path, getattr(files, f"{prefix}query_ids"), prefix)
+    texts = None if labels is None else tuple(read_lines(labels))
+    if texts is not None and len(texts) != len(ids):
+        raise DataError(f"{labels} has {len(texts)} labels for {len(ids)} queries in {path}")
+    return QuerySet(
+        option=_option(f"{prefix}queries"),
+        ids=tuple(ids),
+        vectors=vectors,
+        qrels=None if qrels is None else read_qrels(qrels),
+        labels=texts,
+    )
+
+
+def _read_queries(path: Path, ids_path: Path | None, prefix: str) -> tuple[Sequence[str], Vectors]:
+    if path.suffix != ".npy":
+        ids, vectors = read_query_table(path)
+    else:
+        vectors = read_vectors(path)
+        if ids_path is None:
+            # Both sets may leave ids out, and a query's split goes by its id.
+            return [f"{prefix.rstrip('_')}:{i}" for i in range(len(vectors))], vectors
+        ids = read_lines(ids_path)
+        if len(ids) != len(vectors):
+            raise DataError(f"{ids_path} has {len(ids)} ids for {len(vectors)} vectors in {path}")
+    repeated = [name for name, times in Counter(ids).items() if times > 1]
+    if repeated:
+        raise DataError(
+            f"{ids_path or path}: query id {repeated[0]!r} occurs more than once "
+            f"({len(repeated)} such ids); give every query its own"
+        )
+    return ids, vectors
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

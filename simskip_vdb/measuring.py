@@ -1,0 +1,143 @@
+"""Measure a refiner on one split, by exact search and through the user's index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simskip_vdb.datatypes import Split, Vectors
+from simskip_vdb.evaluation import (
+    compare,
+    compare_strata,
+    depth,
+    group_overlap,
+    relevant_rows,
+    score,
+    seen_queries,
+    worst_regressions,
+)
+from simskip_vdb.gate import Decision, Evidence, LateRows, decide_ann, look_level
+from simskip_vdb.provenance import Lookup
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.store import VectorStore
+from simskip_vdb.workspace import Workspace
+
+ANN_PROBES = 200  # rows that stand in for queries where none were given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What one split says of a refiner."""
+
+    split: Split
+    evidence: Evidence
+    measures: Mapping[str, Any]
+    regressions: tuple[Mapping[str, Any], ...]
+
+
+def measure(space: Workspace, refiner: Refiner, split: Split) -> Measured | None:
+    """Compare what the index holds with what the refiner makes of it; None without queries."""
+    judged = space.judged.queries[split]
+    if not len(judged):
+        return None
+    look = 1
+    if split is Split.TEST:
+        look = space.ledger.look(refiner.id, space.measure, judged.ids)
+    level = look_level(look)
+    skip = space.skipped(split)
+    k = max(depth(space.measures, judged), 10)
+    with space.timed("evaluate"):
+        before = space.search(judged.vectors, space.current_blocks(), k, skip)
+        late = space.late_when_written
+        after = space.search(refiner(judged.vectors), space.refined_blocks(refiner, late), k, skip)
+        was = score(judged, before.ids, space.measures)
+        now = score(judged, after.ids, space.measures)
+        seed = space.settings.fit.seed
+        chosen = compare(was[space.measure], now[space.measure], level, seed)
+        others = {name: compare(was[name], now[name], None, seed) for name in space.measures[1:]}
+        seen = seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
+        if space.judged.groups is not None:
+            seen[:] = True
+        strata = compare_strata(was[space.measure], now[space.measure], seen, level, seed)
+        lost = worst_regressions(judged.ids, was[space.measure], now[space.measure])
+        overlap = None
+        if space.judged.groups is not None:
+            overlap = group_overlap(judged, before.ids, after.ids)
+    evidence = Evidence(
+        measure=space.measure,
+        look=look,
+        chosen=chosen,
+        strata=strata,
+        growing=space.settings.growing,
+        late_rows=_late_rows(refiner),
+        group_overlap=overlap,
+    )
+    return Measured(
+        split=split,
+        evidence=evidence,
+        measures={
+            name: found.to_dict() for name, found in {space.measure: chosen, **others}.items()
+        },
+        regressions=tuple(item.to_dict() for item in lost),
+    )
+
+
+def _late_rows(refiner: Refiner) -> LateRows | None:
+    found = refiner.info.get("late_rows")
+    if found is None:
+        return None
+    return LateRows(before=found["before"], after=found["after"], ratio=found["ratio"])
+
+
+class RefusedError(Exception):
+    """The candidate index failed; carries the decision out of the write."""
+
+    def __init__(self, decision: Decision) -> None:
+        self.decision = decision
+
+
+class ThroughIndex:
+    """Measures through the user's index, as the application searches it."""
+
+    def __init__(self, space: Workspace, refiner: Refiner, split: Split) -> None:
+        self._space, self._refiner = space, refiner
+        self._judged = space.judged.queries[split]
+        self._lookup = Lookup(space.rows.ids)
+        # Rows that act as queries would find themselves: only the index itself is measured then.
+        self._scored = len(self._judged) > 0 and space.skipped(split) is None
+        self._queries = self._judged.vectors if len(self._judged) else _some_rows(space)
+        self.measures: dict[str, dict[str, float]] = {}
+        self.ann: dict[str, float] = {}
+
+    def look(self, when: str, store: VectorStore, refiner: Refiner | None) -> None:
+        """Search a store whose rows went through `refiner`; None for the index as it is."""
+        space = self._space
+        queries = self._queries if refiner is None else refiner(self._queries)
+        if refiner is None:
+            blocks = space.current_blocks()
+        else:
+            blocks = space.refined_blocks(refiner, space.late_when_written)
+        exact = space.search(queries, blocks, 10)
+        names = space.measures if self._scored else ()
+        k = max(10, depth(names, self._judged) if names else 0)
+        found = space.through(store, queries, k, self._lookup)
+        self.ann[when] = space.ann_recall(queries, exact, found[:, :10], refiner)
+        if names:
+            for name, values in score(self._judged, found, names).items():
+                self.measures.setdefault(name, {})[when] = float(values.mean())
+
+    def accept(self, candidate: VectorStore) -> None:
+        """Measure the candidate and refuse it where its ann_recall fell too far."""
+        self.look("after", candidate, self._refiner)
+        decision = decide_ann(self.ann["before"], self.ann["after"])
+        if not decision.passed:
+            raise RefusedError(decision)
+
+
+def _some_rows(space: Workspace) -> Vectors:
+    places = np.flatnonzero(space.usable)
+    step = max(1, len(places) // ANN_PROBES)
+    return space.rows.take(places[::step][:ANN_PROBES])

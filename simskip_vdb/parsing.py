@@ -1,0 +1,264 @@
+"""Read query vectors, ids, judgments and labels from files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Vectors
+from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
+
+HIGHEST_GRADE = 1000
+"""trec_eval allocates a counter for every grade up to the highest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Qrels:
+    """Judgments as they stand in a file.
+
+    Attributes:
+        source: The file, for messages.
+        query_ids: Query of each judgment, length j.
+        doc_ids: External document id of each judgment, length j.
+        grades: Shape (j,), int32, 0 to `HIGHEST_GRADE`; negative grades have become 0.
+    """
+
+    source: str
+    query_ids: list[str]
+    doc_ids: list[str]
+    grades: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RowColumn:
+    """One value for each row of the index: its document id or its label.
+
+    Attributes:
+        source: Where the values came from, for messages.
+        values: Length r.
+        row_ids: Index ids that the values belong to, shape (r,); None where value i belongs to
+            index id i.
+    """
+
+    source: str
+    values: list[str]
+    row_ids: NDArray[np.int64] | None = None
+
+
+def read_vectors(path: Path) -> Vectors:
+    """Read a ``.npy`` file of float16, float32 or float64, shape (m, d).
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: The file holds anything else.
+    """
+    with _opened(path):
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise DataError(f"{path} is not a .npy file of numbers: {error}") from error
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        found = f"{getattr(array, 'dtype', type(array))} of shape {getattr(array, 'shape', '?')}"
+        raise DataError(f"{path} holds {found}; query vectors are floats of shape (m, d)")
+    return _float32(array)
+
+
+def read_query_table(path: Path) -> tuple[list[str], Vectors]:
+    """Read ids and vectors from ``.parquet`` or ``.jsonl`` with columns ``id`` and ``vector``.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A column is missing, or vectors are not numbers of one length.
+        MissingDependencyError: pyarrow is not installed (parquet only).
+    """
+    with _opened(path):
+        return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read a text file of one value a line; blank lines are allowed at the end only.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: It is not UTF-8, or a line before the last value is blank.
+    """
+    with _text(path) as file:
+        values = [line.strip() for line in file]
+    while values and not values[-1]:
+        values.pop()
+    if "" in values:
+        _malformed(path, values.index(""), "it is blank")
+    return values
+
+
+def read_row_column(path: Path) -> RowColumn:
+    """Read one value a line for index ids 0…n-1, or lines ``index_id<TAB>value``.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line is malformed, or an index id occurs twice.
+    """
+    values = read_lines(path)
+    if not values or "\t" not in values[0]:
+        return RowColumn(source=str(path), values=values)
+    pairs = [line.split("\t") for line in values]
+    _check_widths(path, pairs, 0, 2, "index_id<TAB>value")
+    ids = _integers(path, [pair[0] for pair in pairs], 0, "index id", np.int64)
+    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    if len(unique) < len(ids):
+        twice = int(np.flatnonzero(counts > 1)[0])
+        _malformed(path, int(first[twice]), f"index id {unique[twice]} occurs more than once")
+    return RowColumn(source=str(path), values=[pair[1].strip() for pair in pairs], row_ids=ids)
+
+
+def read_qrels(path: Path) -> Qrels:
+    """Read judgments, plain or gzipped.
+
+    TREC form has four columns between white space (query, iteration, document, grade), BEIR form
+    three between tabs (query, document, grade) under a header.
+
+    Raises:
+        ConfigError: There is no such file.
+        DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
+    """
+    with _text(path) as file:
+        lines = [line.rstrip() for line in file]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise DataError(f"{path} is empty; judgments are TREC (4 columns) or BEIR TSV (3 columns)")
+    head = lines[0].split("\t")
+    if len(head) == 3:
+        skipped = int(head[2].strip().lower() == "score")
+        rows = [line.split("\t") for line in lines[skipped:]]
+        _check_widths(path, rows, skipped, 3, "query-id<TAB>corpus-id<TAB>score (BEIR)")
+    else:
+        skipped = 0
+        rows = [line.split() for line in lines]
+        _check_widths(path, rows, skipped, 4, "query iteration document grade (TREC)")
+    grades = _integers(path, [row[-1] for row in rows], skipped, "grade", np.int32)
+    too_high = np.flatnonzero(grades > HIGHEST_GRADE)
+    if len(too_high):
+        _malformed(path, int(too_high[0]) + skipped, f"a grade is above {HIGHEST_GRADE}")
+    return Qrels(
+        source=str(path),
+        query_ids=[row[0].strip() for row in rows],
+        doc_ids=[row[-2].strip() for row in rows],
+        grades=np.maximum(grades, 0).astype(np.int32),
+    )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ConfigError(f"there is no file {path}; check the path") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """Open text, plain or gzipped, and turn what goes wrong while reading it into our errors."""
+    with _opened(path):
+        with path.open("rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+        opener: Any = gzip.open if zipped else open
+        try:
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                yield file
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text: {error}") from error
+        except (EOFError, zlib.error) as error:
+            raise DataError(f"{path} is a damaged gzip file: {error}") from error
+
+
+def _malformed(path: Path, index: int, why: str) -> NoReturn:
+    raise DataError(f"{path}, line {index + 1}: {why}; correct or remove the line")
+
+
+def _check_widths(
+    path: Path, rows: Sequence[Sequence[str]], skipped: int, width: int, form: str
+) -> None:
+    if any(len(row) != width for row in rows):
+        bad = next(i for i, row in enumerate(rows) if len(row) != width)
+        _malformed(path, bad + skipped, f"{len(rows[bad])} columns instead of {form}")
+
+
+def _integers(
+    path: Path, texts: Sequence[str], skipped: int, what: str, dtype: type[np.signedinteger[Any]]
+) -> NDArray[Any]:
+    try:
+        return np.array([int(text) for text in texts], dtype=dtype)
+    except (ValueError, OverflowError):
+        bad = next(i for i, text in enumerate(texts) if not _fits(text, dtype))
+        _malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
+
+
+def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:
+    try:
+        np.array(int(text), dtype=dtype)
+    except (ValueError, OverflowError):
+        return False
+    return True
+
+
+def _read_parquet(path: Path) -> tuple[list[str], Vectors]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow", "eval") from error
+    try:
+        table = pq.read_table(path, columns=["id", "vector"]).combine_chunks()
+        ids = table.column("id").to_pylist()
+        cells = table.column("vector").cast(pa.list_(pa.float64())).combine_chunks()
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(
+            f"{path} needs the columns id and vector (lists of numbers): {error}"
+        ) from error
+    if len(ids) == 0:
+        raise DataError(f"{path} has no rows")
+    if cells.null_count or cells.flatten().null_count or None in ids:
+        raise DataError(f"{path}: an id or a vector is null; give every query both")
+    lengths = np.asarray(cells.value_lengths())
+    if np.ptp(lengths):
+        raise DataError(f"{path}: vectors have from {lengths.min()} to {lengths.max()} numbers")
+    numbers = cells.flatten().to_numpy().reshape(len(ids), -1)
+    return [str(i) for i in ids], _float32(numbers)
+
+
+def _read_jsonl(path: Path) -> tuple[list[str], Vectors]:
+    ids: list[str] = []
+    vectors: list[NDArray[np.float64]] = []
+    with _text(path) as file:
+        for number, line in enumerate(file):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                ids.append(str(record["id"]))
+                vectors.append(np.array(record["vector"], dtype=np.float64))
+            except (ValueError, TypeError, KeyError) as error:
+                _malformed(path, number, f'it is not {{"id": …, "vector": [numbers]}} ({error!r})')
+            if vectors[-1].shape != vectors[0].shape or vectors[-1].ndim != 1:
+                _malformed(path, number, f"its vector has shape {vectors[-1].shape}")
+    if not vectors:
+        raise DataError(f"{path} has no rows")
+    return ids, _float32(np.stack(vectors))
+
+
+def _float32(array: NDArray[Any]) -> Vectors:
+    # A float64 beyond float32 becomes infinite, and such queries are skipped and counted.
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype=np.float32)

@@ -1,0 +1,432 @@
+"""The main job: fit, evaluate, gate, reindex, verify; and its parts on their own."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
+from simskip_vdb.durable import free_bytes
+from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.fitting import describe, fit_or_recall
+from simskip_vdb.gate import Decision, decide
+from simskip_vdb.journal import Journal, Write
+from simskip_vdb.judgments import Judgments
+from simskip_vdb.ledger import Ledger
+from simskip_vdb.measuring import Measured, RefusedError, ThroughIndex, measure
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.reindex import Written, fingerprint, recover, write, write_copy
+from simskip_vdb.reindex import rollback as roll_back
+from simskip_vdb.report import Report
+from simskip_vdb.store import VectorStore
+from simskip_vdb.workspace import Settings, Workspace, open_workspace, state_folder
+
+__all__ = ["Settings", "evaluate", "fit", "refine", "rollback", "status"]
+
+log = logging.getLogger(__name__)
+
+ANN_PROBES = 200  # rows that stand in for queries where none were given
+
+
+def fit(
+    store: VectorStore,
+    judgments: Judgments,
+    settings: Settings | None = None,
+    *,
+    progress: Progress = silent,
+) -> Report:
+    """Fit a refiner and describe it on the validation queries; write nothing to the index.
+
+    Args:
+        store: The index.
+        judgments: Queries with judgments, groups, or neither.
+        settings: What to fit and where it goes.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        SimskipError: See `errors`; nothing was written.
+    """
+    settings = settings or Settings()
+    with open_workspace(store, judgments, settings, progress) as space:
+        refiner, folder = fit_or_recall(space, progress)
+        measured = measure(space, refiner, Split.VALIDATION)
+        return _report(space, "fit", refiner, folder, measured)
+
+
+def evaluate(
+    store: VectorStore,
+    judgments: Judgments,
+    settings: Settings | None = None,
+    *,
+    on: Split = Split.VALIDATION,
+    progress: Progress = silent,
+) -> Report:
+    """Measure retrieval before and after a refiner; write nothing to the index.
+
+    Without a refiner in the settings, originals are compared with what the index holds now.
+
+    Args:
+        store: The index.
+        judgments: Queries with judgments, or groups.
+        settings: The refiner to measure.
+        on: Which queries; TEST is recorded as a look.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        DataError: There are no such queries.
+        SimskipError: See `errors`.
+    """
+    settings = settings or Settings()
+    with open_workspace(store, judgments, settings, progress) as space:
+        written, folder = space.current, settings.refiner
+        if folder is None and written is not None:
+            folder = space.journal.refiners / written.refiner
+            space.current = None  # before: the originals
+        refiner = _load(folder, space) if folder else _identity(space)
+        if not len(space.judged.queries[on]):
+            raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
+        measured = measure(space, refiner, on)
+        through = ThroughIndex(space, refiner, on)
+        if written is not None and written.refiner == refiner.id:
+            through.look("after", store, refiner)
+        else:
+            through.look("before", store, None)
+        report = _report(space, "evaluate", refiner, folder, measured)
+        return replace(report, through_index=through.measures, ann_recall=through.ann)
+
+
+def refine(
+    store: VectorStore,
+    judgments: Judgments,
+    settings: Settings | None = None,
+    *,
+    progress: Progress = silent,
+) -> Report:
+    """Refine an index if held-out queries prove that retrieval gets better.
+
+    Args:
+        store: The index; written in place with side docs, copied to `settings.output` with both.
+        judgments: Queries with judgments, groups, or neither.
+        settings: What to do.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        The report; its gate says whether anything was written, and if not, why.
+
+    Raises:
+        SimskipError: See `errors`; the index is as it was.
+    """
+    settings = settings or Settings()
+    _check_output(settings, settings.fit.side if settings.refiner is None else None)
+    with open_workspace(store, judgments, settings, progress) as space:
+        refiner, folder = _refiner(space, progress)
+        _check_output(settings, refiner.side)
+        if settings.dry_run:
+            measured = measure(space, refiner, Split.VALIDATION)
+            report = _report(space, "refine", refiner, folder, measured)
+            return replace(report, forecast=_forecast(space, refiner))
+        if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
+            report = _report(space, "refine", refiner, folder, None)
+            note = "the index holds exactly this refinement already; nothing to do"
+            return replace(report, notes=(note,), written=_written(Written.none()))
+        if refiner.is_identity:
+            measured = measure(space, refiner, Split.VALIDATION)
+            decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
+            return _report(space, "refine", refiner, folder, measured, decision)
+        measured = measure(space, refiner, Split.TEST)
+        decision = decide(
+            None if measured is None else measured.evidence,
+            accept_unmeasured=settings.accept_unmeasured,
+        )
+        report = _report(space, "refine", refiner, folder, measured, decision)
+        return _reindex(space, refiner, report, progress) if decision.passed else report
+
+
+def rollback(
+    store: VectorStore, *, state: Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Restore the vectors that an index held before it was refined.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the one beside it.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        index, exact, restored, kept, sha256.
+
+    Raises:
+        ConfigError: There is nothing to roll back.
+        JournalError: The state is damaged, or which original belongs where is ambiguous.
+    """
+    folder = state_folder(store, state)
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{store.info().uri} was never refined: there is no {folder}")
+    with Journal(folder, store.info()) as journal:
+        recover(store, journal)
+        done = roll_back(store, journal, progress)
+    return {
+        "schema": 1,
+        "index": store.info().uri,
+        "exact": done.exact,
+        "restored": done.restored,
+        "kept": done.kept,
+        "sha256": done.fingerprint,
+    }
+
+
+def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
+    """Tell whether an index is refined, by what, since when, with what gain, and how to undo it.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the one beside it.
+    """
+    info = store.info()
+    folder = state_folder(store, state)
+    known = (folder / "manifest.json").is_file()
+    journal = Journal(folder, info)
+    current = journal.manifest.current
+    refined = None
+    if current is not None:
+        refined = {"refiner": current.refiner, "time": current.time, **current.summary}
+    return {
+        "schema": 1,
+        "index": info.uri,
+        "kind": info.kind,
+        "rows": info.count,
+        "dim": info.dim,
+        "state": str(folder) if known else None,
+        "state_bytes": journal.size if known else 0,
+        "refined": refined,
+        "copy_of": journal.manifest.copy_of,
+        "interrupted": journal.manifest.pending is not None,
+        "changed_since": current is not None and fingerprint(store) != current.fingerprint,
+        "looks": len(Ledger(folder).looks),
+        "history": [dict(entry) for entry in journal.manifest.history],
+        "undo": f"simskip rollback {info.uri}"
+        if refined and not journal.manifest.copy_of
+        else None,
+    }
+
+
+def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progress) -> Report:
+    """Write, verify, and let the candidate's ann_recall have the last word."""
+    assert report.gate is not None
+    output = space.settings.output
+    summary = _summary(space, refiner, report)
+    through = ThroughIndex(space, refiner, Split.TEST)
+    with space.timed("evaluate"):
+        through.look("before", space.store, None)
+
+    def refined(start: int, block: Vectors) -> Vectors:
+        return space.refined(refiner, start, block, space.late_when_written)
+
+    def accept_copy(candidate: VectorStore) -> None:
+        through.accept(candidate)
+        assert output is not None
+        _mark_copy(output, candidate, space, refiner, summary)
+
+    gate, written = report.gate, Written.none()
+    with space.timed("write"):
+        try:
+            if output is None:
+                written = write(
+                    space.store,
+                    space.rows,
+                    refined,
+                    journal=space.journal,
+                    refiner=refiner,
+                    accept=through.accept,
+                    summary=summary,
+                    progress=progress,
+                )
+            else:
+                written = write_copy(
+                    space.store,
+                    space.rows,
+                    refined,
+                    output=output,
+                    accept=accept_copy,
+                    progress=progress,
+                )
+        except RefusedError as refused:
+            gate = replace(gate, passed=False, reasons=(*gate.reasons, *refused.decision.reasons))
+    return replace(
+        report,
+        gate=gate,
+        through_index=through.measures,
+        ann_recall=through.ann,
+        written=_written(written, output),
+        seconds=dict(space.seconds),
+    )
+
+
+def _mark_copy(
+    output: Path,
+    candidate: VectorStore,
+    space: Workspace,
+    refiner: Refiner,
+    summary: Mapping[str, Any],
+) -> None:
+    """Record beside the copy what it is, before it appears: it must never be refined again."""
+    info = replace(candidate.info(), uri=f"faiss:{output}")
+    with Journal(output.with_name(output.name + ".simskip"), info) as journal:
+        refiner.save(journal.refiners / refiner.id)
+        journal.mark_copy(
+            space.info.uri,
+            Write(
+                refiner=refiner.id,
+                before="",
+                fingerprint=fingerprint(candidate),
+                written=None,
+                kept=None,
+                time=time.time(),
+                summary=summary,
+            ),
+        )
+
+
+def _refiner(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
+    folder = space.settings.refiner
+    if folder is None:
+        return fit_or_recall(space, progress)
+    refiner = _load(folder, space)
+    refiner.save(space.journal.refiners / refiner.id)  # to tell its rows from others later
+    return refiner, folder
+
+
+def _load(folder: Path, space: Workspace) -> Refiner:
+    refiner = Refiner.load(folder)
+    if (refiner.dim, refiner.metric) != (space.info.dim, space.info.metric):
+        raise ConfigError(
+            f"the refiner in {folder} is for {refiner.dim} dimensions and {refiner.metric.value}, "
+            f"{space.info.uri} has {space.info.dim} and {space.info.metric.value}"
+        )
+    return refiner
+
+
+def _identity(space: Workspace) -> Refiner:
+    return Refiner.identity(space.info.dim, metric=space.info.metric)
+
+
+def _check_output(settings: Settings, side: Side | None) -> None:
+    if side is Side.BOTH and settings.output is None and not settings.dry_run:
+        raise ConfigError(
+            "with side both, queries must pass through the refiner too, so the index that raw "
+            "queries use is left alone: name a new file with --output FILE"
+        )
+    if side is Side.DOCS and settings.output is not None:
+        raise ConfigError(
+            "side docs is written in place and undone by rollback; --output belongs to --side both"
+        )
+    if settings.output is not None and settings.output.exists():
+        raise ConfigError(f"{settings.output} exists; name a new file, or remove it first")
+
+
+def _unchanged(space: Workspace) -> bool:
+    return space.current is not None and fingerprint(space.store) == space.current.fingerprint
+
+
+def _no_gain(refiner: Refiner, space: Workspace) -> str:
+    if space.settings.refiner is not None:
+        return "this refiner changes nothing"
+    return f"no gain: {describe(refiner.info)}"
+
+
+def _forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
+    start = time.perf_counter()
+    for first, block in space.rows.blocks():
+        space.refined(refiner, first, block)
+        break
+    blocks = -(-len(space.rows) // 8192)
+    apply = (time.perf_counter() - start) * blocks
+    places = np.flatnonzero(space.usable)[:: max(1, len(space.rows) // 5)][:5]
+    before = space.rows.take(places)
+    after = refiner.refine_rows(before, space.rows.ids[places])
+    return {
+        "rows": len(space.rows),
+        # Written and read back once, beside the rows' own read.
+        "seconds": apply + 3 * space.seconds["read"],
+        "originals_bytes": space.rows.path.stat().st_size,
+        "free_bytes": free_bytes(state_folder(space.store, space.settings.state)),
+        "samples": [
+            {"id": int(row), "before": was[:4].tolist(), "after": now[:4].tolist()}
+            for row, was, now in zip(space.rows.ids[places], before, after, strict=True)
+        ],
+    }
+
+
+def _written(written: Written, output: Path | None) -> dict[str, Any]:
+    path = None if output is None else str(output)
+    return {"rows": written.rows, "skipped": written.skipped, "mode": written.mode, "path": path}
+
+
+def _summary(space: Workspace, refiner: Refiner, report: Report) -> dict[str, Any]:
+    """Return what `status` will show of this write."""
+    assert report.gate is not None
+    summary: dict[str, Any] = {"side": refiner.side.value, "rows": len(space.rows)}
+    if report.gate.unmeasured:
+        return {**summary, "evidence": "unmeasured"}
+    found = report.measures[space.measure]
+    return {
+        **summary,
+        "evidence": "measured",
+        "measure": space.measure,
+        **{name: found[name] for name in ("before", "after", "delta", "ci95", "p", "queries")},
+        "look": report.gate.look,
+    }
+
+
+def _report(
+    space: Workspace,
+    action: str,
+    refiner: Refiner,
+    folder: Path | None,
+    measured: Measured | None,
+    decision: Decision | None = None,
+) -> Report:
+    late = refiner.info.get("late_rows")
+    bad = int((~space.usable).sum())
+    notes = [
+        f"{note.count:,} {note.what} ({note.source}), such as {', '.join(note.examples)}"
+        for note in space.judged.notes
+    ]
+    if bad:
+        notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
+    return Report(
+        action=action,
+        index=space.info.uri,
+        kind=space.info.kind,
+        rows=space.info.count,
+        dim=space.info.dim,
+        metric=space.info.metric.value,
+        side=refiner.side.value,
+        refiner={
+            "id": refiner.id,
+            "path": None if folder is None else str(folder),
+            "alpha": refiner.alpha,
+            "beta": refiner.beta,
+            "late": refiner.late.value,
+        },
+        split=None if measured is None else measured.split.value,
+        queries={split.value: len(judged) for split, judged in space.judged.queries.items()},
+        measure=space.measure,
+        measures={} if measured is None else measured.measures,
+        strata={}
+        if measured is None
+        else {name: found.to_dict() for name, found in measured.evidence.strata.items()},
+        regressions=() if measured is None else measured.regressions,
+        late_rows=late,
+        group_overlap=None if measured is None else measured.evidence.group_overlap,
+        gate=decision,
+        written=_written(Written.none(), None) if action == "refine" else None,
+        notes=tuple(notes),
+        seconds=dict(space.seconds),
+    )

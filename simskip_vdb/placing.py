@@ -1,0 +1,278 @@
+"""Place judgments, documents and labels, all given by external ids, on rows by position."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Ids, JudgedQueries, Positions, Vectors
+from simskip_vdb.errors import DataError
+from simskip_vdb.judgments import Judgments, QuerySet
+from simskip_vdb.parsing import Qrels, RowColumn
+from simskip_vdb.splits import MOST_GROUP_JUDGMENTS
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something that was skipped.
+
+    Attributes:
+        source: The option or file that it came from.
+        what: In a person's words, such as ``judgments of unknown documents``.
+        count: How many.
+        examples: Up to three of them.
+    """
+
+    source: str
+    what: str
+    count: int
+    examples: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.count} {self.what}, such as {', '.join(self.examples)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {**asdict(self), "examples": list(self.examples)}
+
+
+class Notes:
+    """Collects what is skipped."""
+
+    def __init__(self) -> None:
+        self.all: list[Note] = []
+
+    def add(self, source: str, what: str, names: Sequence[str] | Ids, skipped: Mask) -> None:
+        """Note the names where `skipped` (shape (len(names),)) is true, if there are any."""
+        places = np.flatnonzero(skipped).tolist()
+        if places:
+            examples = tuple(dict.fromkeys(str(names[i]) for i in places))[:3]
+            self.all.append(Note(source=source, what=what, count=len(places), examples=examples))
+
+
+class RowSource(Protocol):
+    """The rows of an index in scan order.
+
+    Attributes:
+        ids: Index ids, shape (n,).
+        dim: Dimension of a vector.
+    """
+
+    ids: Ids
+    dim: int
+
+    def take(self, positions: Positions, /) -> Vectors:
+        """Return the vectors at these positions, shape (len(positions), d)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Places:
+    """Where the rows stand that judgments and labels name.
+
+    Attributes:
+        dim: Dimension of a vector.
+        documents: Position by document id, -1 for documents without a row; empty without
+            judgments.
+        codes: Group code by label.
+        groups: Shape (n,), group codes, -1 for rows without a label; None without labels.
+    """
+
+    dim: int
+    documents: Mapping[str, int]
+    codes: Mapping[str, int]
+    groups: Positions | None
+
+    def without(self, positions: Positions) -> Places:
+        """Leave rows out of their groups."""
+        if self.groups is None:
+            return self
+        groups = self.groups.copy()
+        groups[positions] = -1
+        return replace(self, groups=groups)
+
+
+def find_places(judgments: Judgments, rows: RowSource, notes: Notes) -> Places:
+    """Find the rows that documents and labels belong to.
+
+    Raises:
+        DataError: Index ids repeat, values do not fit the rows, or a document has several rows.
+    """
+    codes: dict[str, int] = {}
+    groups = None
+    if judgments.labels is not None:
+        codes = {label: i for i, label in enumerate(dict.fromkeys(judgments.labels.values))}
+        groups = _groups(judgments.labels, codes, rows.ids, notes)
+    given = (judgments.queries, judgments.dev, judgments.test)
+    judged = any(query_set is not None and query_set.qrels is not None for query_set in given)
+    documents = _documents(judgments.doc_ids, rows.ids, notes) if judged else {}
+    return Places(dim=rows.dim, documents=documents, codes=codes, groups=groups)
+
+
+def judge(given: QuerySet, places: Places, notes: Notes) -> JudgedQueries:
+    """Return the queries of a set that can be used, with their judgments.
+
+    Raises:
+        DataError: The dimension is not the index's, a pair has two grades, or no query is usable.
+    """
+    if given.vectors.shape[1] != places.dim:
+        raise DataError(
+            f"{given.option}: vectors have {given.vectors.shape[1]} dimensions and the index has "
+            f"{places.dim}; embed the queries with the model that embedded the rows"
+        )
+    if given.qrels is not None:
+        judged = _judge_by_qrels(given, given.qrels, places, notes)
+    else:
+        codes = _look_up(places.codes, given.labels or ())
+        judged = group_queries(given.ids, given.vectors, codes, places)
+    usable = usable_vectors(given.vectors)
+    owners = judged.query_of_judgment()[judged.grades > 0]
+    relevant = np.bincount(owners, minlength=len(judged)) > 0
+    notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~usable)
+    lacking = usable & ~relevant
+    notes.add(given.option, "queries without a relevant known document", given.ids, lacking)
+    if not (usable & relevant).any():
+        found = "; ".join(map(str, notes.all)) or "there are none"
+        raise DataError(
+            f"{given.option}: no query can be used: {found}; check that query ids, document ids "
+            "and judgments belong together"
+        )
+    return judged.subset(usable & relevant)
+
+
+def group_queries(
+    ids: tuple[str, ...], vectors: Vectors, codes: Positions, places: Places
+) -> JudgedQueries:
+    """Return queries whose relevant rows are those of their group.
+
+    Args:
+        ids: m query ids.
+        vectors: Shape (m, d).
+        codes: Shape (m,), the queries' group codes; -1 has no rows.
+        places: Holds the rows' groups.
+
+    Raises:
+        DataError: Groups are too large for so many queries.
+    """
+    groups = np.empty(0, np.int64) if places.groups is None else places.groups
+    members = np.argsort(groups, kind="stable")[np.count_nonzero(groups < 0) :]
+    sizes = np.bincount(groups[groups >= 0], minlength=len(places.codes) + 1)  # last for code -1
+    counts = sizes[codes]
+    if counts.sum() > 2 * MOST_GROUP_JUDGMENTS:
+        raise DataError(
+            f"labels make {counts.sum()} relevant rows over {len(ids)} queries, more than "
+            f"{2 * MOST_GROUP_JUDGMENTS}; give fewer queries or finer labels"
+        )
+    indptr = offsets(counts)
+    within = np.arange(indptr[-1]) - np.repeat(indptr[:-1], counts)
+    rows = members[np.repeat(offsets(sizes)[codes], counts) + within]
+    grades = np.ones(len(rows), np.int32)
+    return JudgedQueries(ids=ids, vectors=vectors, indptr=indptr, rows=rows, grades=grades)
+
+
+def usable_vectors(vectors: Vectors) -> Mask:
+    """Tell which vectors are finite and not zero, shape (m,)."""
+    # A sum of float32 squares in float64 can neither overflow nor vanish.
+    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    usable: Mask = np.isfinite(squares) & (squares > 0)
+    return usable
+
+
+def offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return where parts of these sizes begin, and where the last ends, shape (m + 1,)."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _judge_by_qrels(given: QuerySet, qrels: Qrels, places: Places, notes: Notes) -> JudgedQueries:
+    owners = _look_up({name: i for i, name in enumerate(given.ids)}, qrels.query_ids)
+    rows = _look_up(places.documents, qrels.doc_ids)
+    notes.add(qrels.source, "judgments of unknown queries", qrels.query_ids, owners < 0)
+    unknown = (owners >= 0) & (rows < 0)
+    notes.add(qrels.source, "judgments of unknown documents", qrels.doc_ids, unknown)
+    known = np.flatnonzero((owners >= 0) & (rows >= 0))
+    known = known[np.lexsort((rows[known], owners[known]))]
+    owners, rows, grades = owners[known], rows[known], qrels.grades[known]
+    again = np.zeros(len(known), np.bool_)
+    again[1:] = (np.diff(owners) == 0) & (np.diff(rows) == 0)
+    conflicts = np.flatnonzero(again[1:] & (np.diff(grades) != 0))
+    if len(conflicts):
+        one, other = known[conflicts[0]], known[conflicts[0] + 1]
+        raise DataError(
+            f"{qrels.source}: query {qrels.query_ids[one]!r} and document {qrels.doc_ids[one]!r} "
+            f"are judged {qrels.grades[one]} and {qrels.grades[other]}; keep one grade for a pair"
+        )
+    repeated = np.zeros(len(qrels.query_ids), np.bool_)
+    repeated[known[again]] = True
+    notes.add(qrels.source, "repeated judgments, as of query", qrels.query_ids, repeated)
+    return JudgedQueries(
+        ids=given.ids,
+        vectors=given.vectors,
+        indptr=offsets(np.bincount(owners[~again], minlength=len(given.ids))),
+        rows=rows[~again],
+        grades=grades[~again],
+    )
+
+
+def _groups(column: RowColumn, codes: Mapping[str, int], ids: Ids, notes: Notes) -> Positions:
+    positions = _positions(column, ids, notes)
+    groups: Positions = np.full(len(ids), -1)
+    groups[positions[positions >= 0]] = _look_up(codes, column.values)[positions >= 0]
+    notes.add(column.source, "rows without a label", ids, groups < 0)
+    return groups
+
+
+def _documents(column: RowColumn | None, ids: Ids, notes: Notes) -> dict[str, int]:
+    if column is None:
+        names = list(map(str, ids.tolist()))
+        column = RowColumn(source="the index", values=names, row_ids=ids)
+    positions = _positions(column, ids, notes)
+    documents = dict(zip(column.values, positions.tolist(), strict=True))
+    if len(documents) < len(positions):
+        raise DataError(
+            f"{column.source}: document id {_first_repeated(column.values)!r} stands for more "
+            "than one row; judgments need one row a document"
+        )
+    return documents
+
+
+def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
+    """Return where each value's row stands, -1 where there is no such row."""
+    order = np.argsort(ids, kind="stable")
+    ordered = ids[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        raise DataError(
+            f"index id {_first_repeated(ordered.tolist())} belongs to several rows; judgments "
+            "and labels need ids that tell rows apart"
+        )
+    if column.row_ids is not None:
+        place = np.minimum(np.searchsorted(ordered, column.row_ids), len(ids) - 1)
+        known = ordered[place] == column.row_ids
+        notes.add(column.source, "index ids that no row has", column.row_ids, ~known)
+        return np.where(known, order[place], -1)
+    if len(column.values) != len(ids):
+        raise DataError(
+            f"{column.source} has {len(column.values)} values for {len(ids)} rows; give one a "
+            "row, or lines index_id<TAB>value"
+        )
+    if not np.array_equal(ordered, np.arange(len(ids))):
+        raise DataError(
+            f"{column.source} gives values in order, but index ids are not exactly 0 to "
+            f"{len(ids) - 1}; give lines index_id<TAB>value"
+        )
+    return order
+
+
+def _first_repeated(values: Iterable[object]) -> object:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _look_up(where: Mapping[str, int], names: Sequence[str]) -> Positions:
+    return np.fromiter(map(where.get, names, repeat(-1)), np.int64, len(names))

@@ -1,0 +1,349 @@
+"""The refiner: moves stored vectors, in numpy alone.
+
+refined(x, row) = ‖x‖ · normalise(x̂ + α·f(x̂) + β·offset[row]), with x̂ = x / ‖x‖. The skip connection
+is SimSkip's (Liu, Kim and Bansal, arXiv:2404.08701); norms are kept, so an index that compares by
+dot product or Euclidean distance keeps its meaning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
+from simskip_vdb.errors import ConfigError, DataError
+
+SCHEMA = 1
+WEIGHTS_FILE = "refiner.safetensors"
+SETTINGS_FILE = "refiner.json"
+BLOCK_ROWS = 8192
+
+Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Weight, shape (out, in), and bias, shape (out,), of a linear layer."""
+
+
+class LateRule(str, Enum):
+    """What happens to rows that arrived after the fit."""
+
+    RAW = "raw"
+    F = "f"
+
+
+def _no_ids() -> Ids:
+    return np.empty(0, dtype=np.int64)
+
+
+def _no_offsets() -> Vectors:
+    return np.empty((0, 0), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refiner:
+    """A fitted refiner.
+
+    Attributes:
+        dim: Dimension d of the vectors it takes.
+        side: What moves: only stored rows, or queries too.
+        metric: Metric of the index it was fitted for.
+        alpha: Weight of f, at least 0.
+        beta: Weight of the offsets, at least 0.
+        layers: The three linear layers of f, BatchNorm folded in; empty where f is not used.
+        offset_ids: Shape (m,), ascending; integers or strings.
+        offsets: Shape (m, d), float32.
+        late: What happens to rows that arrived after the fit.
+        info: Where it comes from (seed, signal, versions); changes nothing that it computes.
+        id: First 12 hex digits of a hash of everything that changes what it computes.
+
+    Raises:
+        DataError: Shapes do not fit together, numbers are not finite, or ids are not ascending.
+    """
+
+    dim: int
+    side: Side
+    metric: Metric
+    alpha: float = 0.0
+    beta: float = 0.0
+    layers: tuple[Layer, ...] = ()
+    offset_ids: Ids = field(default_factory=_no_ids)
+    offsets: Vectors = field(default_factory=_no_offsets)
+    late: LateRule = LateRule.RAW
+    info: Mapping[str, Any] = field(default_factory=dict)
+    id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.offset_ids):
+            object.__setattr__(self, "offsets", np.empty((0, self.dim), dtype=np.float32))
+        _check(self)
+        object.__setattr__(self, "id", _digest(self))
+
+    @classmethod
+    def identity(
+        cls, dim: int, *, side: Side = Side.DOCS, metric: Metric = Metric.COSINE
+    ) -> Refiner:
+        """Return the refiner that returns its input."""
+        return cls(dim=dim, side=side, metric=metric)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every vector is returned bit for bit."""
+        uses_f = self.alpha != 0 and bool(self.layers)
+        return not uses_f and (self.beta == 0 or not len(self.offset_ids))
+
+    def refine_rows(
+        self, vectors: NDArray[Any], ids: Ids, late: NDArray[np.bool_] | None = None
+    ) -> Vectors:
+        """Refine stored rows.
+
+        Rows that are zero or not finite are returned as they are, and so are late rows unless the
+        late rule is F; no late row gets an offset.
+
+        Args:
+            vectors: Original vectors, shape (n, d), any float dtype.
+            ids: Row ids, shape (n,).
+            late: Shape (n,), true for rows that arrived after the fit; None for none.
+
+        Returns:
+            Shape (n, d), float32; the input itself where nothing moves.
+
+        Raises:
+            DataError: The dimension is not the refiner's, or the ids are of another kind.
+        """
+        x = self._checked(vectors)
+        if len(ids) != len(x):
+            raise DataError(f"{len(ids)} ids for {len(x)} vectors; give one id a row")
+        if self.is_identity:
+            return x
+        slots = self._offset_slots(ids) if self.beta != 0 else np.full(len(x), -1)
+        move = np.ones(len(x), dtype=np.bool_)
+        if late is not None:
+            slots = np.where(late, -1, slots)
+            if self.late is LateRule.RAW:
+                move = ~late
+        return self._apply(x, slots, move)
+
+    def __call__(self, queries: NDArray[Any]) -> Vectors:
+        """Refine queries: through f where both sides move, unchanged otherwise.
+
+        Args:
+            queries: Shape (m, d), any float dtype.
+
+        Returns:
+            Shape (m, d), float32.
+
+        Raises:
+            DataError: The dimension is not the refiner's.
+        """
+        x = self._checked(queries)
+        if self.side is Side.DOCS or self.alpha == 0 or not self.layers:
+            return x
+        return self._apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
+
+    def save(self, folder: Path | str) -> None:
+        """Write the refiner to two files in `folder`, which is made if need be.
+
+        Args:
+            folder: Receives ``refiner.safetensors`` and ``refiner.json``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, NDArray[Any]] = {"offsets": np.ascontiguousarray(self.offsets)}
+        tensors["offset_ids"] = _ids_to_numbers(self.offset_ids)
+        for number, (weight, bias) in enumerate(self.layers):
+            tensors[f"layers.{number}.weight"] = np.ascontiguousarray(weight)
+            tensors[f"layers.{number}.bias"] = np.ascontiguousarray(bias)
+        settings = {
+            "schema": SCHEMA,
+            "id": self.id,
+            "dim": self.dim,
+            "side": self.side.value,
+            "metric": self.metric.value,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "late": self.late.value,
+            "layers": len(self.layers),
+            "offset_ids": self.offset_ids.dtype.str,
+            "info": dict(self.info),
+        }
+        safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE)
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Refiner:
+        """Read a refiner that `save` wrote.
+
+        Args:
+            folder: Holds ``refiner.safetensors`` and ``refiner.json``.
+
+        Raises:
+            ConfigError: There is no refiner in `folder`, or a newer version wrote it.
+            DataError: A file is damaged, or the two do not belong together.
+        """
+        folder = Path(folder)
+        try:
+            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            schema = settings["schema"]
+            if schema != SCHEMA:
+                raise ConfigError(
+                    f"{folder} holds a refiner of schema {schema!r}, this version reads "
+                    f"{SCHEMA}; upgrade simskip-vdb or fit again"
+                )
+            tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+            refiner = _from_parts(settings, tensors)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"no refiner in {folder}: {Path(error.filename or folder).name} is missing; "
+                "give the folder that fit wrote"
+            ) from error
+        except ConfigError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"the refiner in {folder} is damaged ({error}); fit again") from error
+        if refiner.id != settings["id"]:
+            raise DataError(
+                f"the refiner in {folder} is damaged: {WEIGHTS_FILE} and {SETTINGS_FILE} make "
+                f"{refiner.id}, not {settings['id']}; fit again"
+            )
+        return refiner
+
+    def _checked(self, vectors: NDArray[Any]) -> Vectors:
+        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
+            raise DataError(
+                f"vectors have shape {vectors.shape}, the refiner was fitted on dimension "
+                f"{self.dim}; use it on the index and vector that it was fitted on"
+            )
+        return np.asarray(vectors, dtype=np.float32)
+
+    def _offset_slots(self, ids: Ids) -> NDArray[np.int64]:
+        """Return each row's place in the offset table, -1 where it has none."""
+        table = self.offset_ids
+        if not len(table):
+            return np.full(len(ids), -1)
+        if table.dtype.kind in "iu" and ids.dtype.kind in "iu":
+            ids = ids.astype(table.dtype)
+        elif table.dtype.kind != ids.dtype.kind:
+            raise DataError(
+                f"row ids are {ids.dtype}, the refiner's are {table.dtype}; "
+                "use it on the index that it was fitted on"
+            )
+        places = np.minimum(np.searchsorted(table, ids), len(table) - 1)
+        return np.where(table[places] == ids, places, -1)
+
+    def _apply(self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]) -> Vectors:
+        out = np.empty_like(x)
+        for start in range(0, len(x), BLOCK_ROWS):
+            block = slice(start, start + BLOCK_ROWS)
+            out[block] = self._apply_block(x[block], slots[block], move[block])
+        return out
+
+    def _apply_block(
+        self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]
+    ) -> Vectors:
+        norms = _norms(x)
+        move = move & np.isfinite(norms) & (norms > 0)
+        with np.errstate(invalid="ignore", over="ignore"):
+            unit = (x / np.where(move, norms, 1.0)[:, None]).astype(np.float32)
+            refined = unit
+            if self.alpha != 0 and self.layers:
+                refined = self._f(unit)
+                refined *= np.float32(self.alpha)
+                refined += unit
+            has_offset = slots >= 0
+            if self.beta != 0 and has_offset.any():
+                refined[has_offset] += np.float32(self.beta) * self.offsets[slots[has_offset]]
+            lengths = _norms(refined)
+            refined *= (norms / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[:, None]
+            # A direction that vanished or a number that overflowed has no refined form.
+            move &= (lengths > 0) & np.isfinite(refined).all(axis=1)
+        return np.where(move[:, None], refined, x)
+
+    def _f(self, unit: Vectors) -> Vectors:
+        h = unit
+        for number, (weight, bias) in enumerate(self.layers):
+            h = h @ weight.T
+            h += bias
+            if number < len(self.layers) - 1:
+                np.maximum(h, 0, out=h)
+        return h
+
+
+def _norms(x: Vectors) -> NDArray[np.float64]:
+    return np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+
+
+def _check(refiner: Refiner) -> None:
+    if refiner.dim < 1:
+        raise DataError(f"dimension {refiner.dim} is not positive")
+    for name, weight in (("alpha", refiner.alpha), ("beta", refiner.beta)):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise DataError(f"{name} is {weight}, not a finite number of at least 0")
+    width = refiner.dim
+    for weight, bias in refiner.layers:
+        if weight.dtype != np.float32 or bias.dtype != np.float32:
+            raise DataError(f"layers are {weight.dtype} and {bias.dtype}, not float32")
+        if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
+            raise DataError(f"a layer of shape {weight.shape} cannot follow a width of {width}")
+        if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
+            raise DataError("the layers hold numbers that are not finite")
+        width = len(bias)
+    if width != refiner.dim:
+        raise DataError(f"the layers end at width {width}, not at dimension {refiner.dim}")
+    ids, offsets = refiner.offset_ids, refiner.offsets
+    if offsets.shape != (len(ids), refiner.dim) or offsets.dtype != np.float32:
+        raise DataError(f"offsets of shape {offsets.shape} for {len(ids)} ids of {refiner.dim}")
+    if ids.ndim != 1 or ids.dtype.kind not in "iuU":
+        raise DataError(f"offset ids are {ids.dtype}, not integers or strings")
+    if not np.isfinite(offsets).all():
+        raise DataError("the offsets hold numbers that are not finite")
+    if not (ids[1:] > ids[:-1]).all():
+        raise DataError("offset ids are not in ascending order")
+
+
+def _digest(refiner: Refiner) -> str:
+    settings = (refiner.dim, refiner.side, refiner.alpha, refiner.beta, refiner.late)
+    digest = hashlib.sha256(repr(settings).encode())
+    arrays = [part for layer in refiner.layers for part in layer]
+    for array in (*arrays, _ids_to_numbers(refiner.offset_ids), refiner.offsets):
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:12]
+
+
+def _ids_to_numbers(ids: Ids) -> NDArray[Any]:
+    """Return ids as safetensors can hold them: strings become their code points."""
+    if ids.dtype.kind != "U":
+        return np.ascontiguousarray(ids)
+    return np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), -1)
+
+
+def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Refiner:
+    ids = tensors["offset_ids"]
+    dtype = np.dtype(settings["offset_ids"])
+    if dtype.kind == "U":
+        ids = np.ascontiguousarray(ids).view(dtype).reshape(len(ids))
+    return Refiner(
+        dim=settings["dim"],
+        side=Side(settings["side"]),
+        metric=Metric(settings["metric"]),
+        alpha=float(settings["alpha"]),
+        beta=float(settings["beta"]),
+        layers=tuple(
+            (tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"])
+            for number in range(settings["layers"])
+        ),
+        offset_ids=ids,
+        offsets=tensors["offsets"],
+        late=LateRule(settings["late"]),
+        info=settings["info"],
+    )

@@ -1,0 +1,396 @@
+"""Read originals out, write refined vectors in, verify, recover, roll back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors, silent
+from simskip_vdb.errors import ConfigError, DataError, StoreError, VerificationError
+from simskip_vdb.journal import FileRef, Journal, Write
+from simskip_vdb.provenance import Lookup, OurRows, near
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.store import Check, FileBacked, VectorStore
+
+log = logging.getLogger(__name__)
+
+SCAN_ROWS = 8192
+LOSSY_ERROR = 0.05  # relative L2 error that a lossy code (SQ8 about .008) may have when read back
+
+Refine = Callable[[int, Vectors], Vectors]
+"""Refines a block of originals: (position of its first row, vectors (b, d)) → (b, d)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a write did.
+
+    Attributes:
+        rows: Rows whose vector changed.
+        skipped: Rows left as they were.
+        mode: ``in-place``, ``copy`` or ``none``.
+    """
+
+    rows: int
+    skipped: int
+    mode: str
+
+    @classmethod
+    def none(cls) -> Written:
+        """Return the outcome of not writing."""
+        return cls(rows=0, skipped=0, mode="none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack:
+    """What a rollback did.
+
+    Attributes:
+        exact: True where the very file from before the first write is back.
+        restored: Rows that have their original vector again.
+        kept: Rows that the application wrote since, left as they are.
+        fingerprint: SHA-256 of the index file now.
+    """
+
+    exact: bool
+    restored: int
+    kept: int
+    fingerprint: str
+
+
+def recover(store: VectorStore, journal: Journal) -> None:
+    """Decide, by looking at the index, whether a write that was announced happened.
+
+    Args:
+        store: The index.
+        journal: Its state, locked.
+    """
+    pending = journal.manifest.pending
+    if pending is None:
+        return
+    now = fingerprint(store)
+    if now in (pending.fingerprint, pending.before):
+        happened = now == pending.fingerprint
+    else:  # the application wrote since: see whose rows are there
+        after, before = (
+            _digests_of(journal, pending),
+            _digests_of(journal, journal.manifest.current),
+        )
+        happened = _count_rows(store, after) > _count_rows(store, before)
+    log.warning(
+        "a run was interrupted while writing %s: %s",
+        journal.manifest.index,
+        "the new file was in place" if happened else "the file had not been touched",
+    )
+    journal.settle(happened=happened)
+
+
+def snapshot(
+    store: VectorStore,
+    journal: Journal,
+    progress: Progress = silent,
+    *,
+    past: Journal | None = None,
+) -> Rows:
+    """Save every row's original, in scan order, and return them.
+
+    A row that we wrote and nobody changed since has its original in the state already; any other
+    row is the application's, and its present vector is its original.
+
+    Args:
+        store: The index.
+        journal: Receives the originals; locked.
+        past: The index's state, where `journal` is another one.
+        progress: Called with rows done and rows in all.
+
+    Raises:
+        DataError: Two rows have the same id.
+        JournalError: The state is damaged, or does not tell whose original is whose.
+    """
+    total = store.info().count
+    ours = OurRows.of(past or journal, store)
+
+    def originals() -> Iterator[VectorBatch]:
+        done = 0
+        for batch in store.scan(SCAN_ROWS):
+            vectors = batch.vectors if ours is None else ours.originals(batch)[0]
+            yield VectorBatch(ids=batch.ids, vectors=vectors)
+            done += len(batch)
+            progress("read", done, total)
+
+    rows = journal.save_originals(originals())
+    ordered = np.sort(rows.ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise DataError(
+            f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
+            "could not be restored by its id. Give every row an id of its own and rebuild the index"
+        )
+    return rows
+
+
+def write(
+    store: VectorStore,
+    rows: Rows,
+    refine: Refine,
+    *,
+    journal: Journal,
+    refiner: Refiner,
+    accept: Check,
+    summary: Mapping[str, Any],
+    progress: Progress = silent,
+) -> Written:
+    """Write refined vectors in place: announced, verified, and undoable.
+
+    Args:
+        store: The index, which must be one file.
+        rows: Originals as `snapshot` returned them.
+        refine: Refines a block of originals.
+        journal: The state, locked.
+        refiner: What is written, for the record.
+        accept: Sees the candidate before the swap, and raises to refuse it.
+        summary: What `status` shows of this write.
+        progress: Called with rows done and rows in all.
+
+    Raises:
+        VerificationError: The candidate does not hold what was written; nothing was swapped.
+        StoreError: Writing failed, or the file changed meanwhile; nothing was swapped.
+    """
+    target = _file(store)
+    before = target.sha256()
+    current = journal.manifest.current
+    if current is None:
+        kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
+    else:
+        kept = current.kept if before == current.fingerprint else None
+    outgoing = _Outgoing(rows, refine, progress)
+
+    def check(candidate: VectorStore) -> None:
+        digests = outgoing.verify(candidate)
+        accept(candidate)
+        journal.announce(
+            Write(
+                refiner=refiner.id,
+                before=before,
+                fingerprint=fingerprint(candidate),
+                written=journal.save_written(rows.ids, digests),
+                kept=kept,
+                time=time.time(),
+                summary=summary,
+            )
+        )
+
+    keep = journal.folder / kept.name if current is None and kept is not None else None
+    try:
+        target.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
+    except Exception:
+        if fingerprint(store) == before:
+            journal.settle(happened=False)
+        raise
+    journal.settle(happened=True)
+    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="in-place")
+
+
+def write_copy(
+    store: VectorStore,
+    rows: Rows,
+    refine: Refine,
+    *,
+    output: Path,
+    accept: Check,
+    progress: Progress = silent,
+) -> Written:
+    """Write a refined copy of the index to `output` and leave the index alone.
+
+    Raises:
+        StoreError: `output` exists, or writing failed.
+        VerificationError: The copy does not hold what was written; it is removed.
+    """
+    outgoing = _Outgoing(rows, refine, progress)
+
+    def check(candidate: VectorStore) -> None:
+        outgoing.verify(candidate)
+        accept(candidate)
+
+    _file(store).write_copy(outgoing.batches(), check, output=output)
+    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="copy")
+
+
+def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) -> RolledBack:
+    """Restore the originals.
+
+    Where the file is as we left it, the very file from before comes back. Otherwise rows that we
+    wrote get their original vector again, by id, or by vector where ids are positions; rows that
+    the application added or changed since stay as they are.
+
+    Args:
+        store: The index.
+        journal: Its state, locked.
+        progress: Called with rows done and rows in all.
+
+    Raises:
+        ConfigError: There is nothing to roll back.
+        JournalError: The state is damaged, or it is ambiguous which original belongs where.
+    """
+    current = journal.manifest.current
+    if journal.manifest.copy_of is not None:
+        raise ConfigError(
+            f"{store.info().uri} is a refined copy of {journal.manifest.copy_of}, which was never "
+            "changed; delete the copy to undo it"
+        )
+    if current is None:
+        raise ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
+    target = _file(store)
+    now = target.sha256()
+    if current.kept is not None and now == current.fingerprint:
+        kept = journal.path(current.kept)
+        journal.announce(_undoing(current, now, current.kept.sha256))
+        target.put_back(kept, expected=now)
+        restored, left = store.info().count, 0
+    else:
+        restored, left = _restore_rows(store, journal, current, now, progress)
+    journal.settle(happened=True)
+    after = fingerprint(store)
+    exact = current.kept is not None and after == current.kept.sha256
+    return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
+
+
+def fingerprint(store: VectorStore) -> str:
+    """Identify what a store holds now: the SHA-256 of its file."""
+    return _file(store).sha256()
+
+
+def _file(store: VectorStore) -> FileBacked:
+    if not isinstance(store, FileBacked):
+        raise StoreError(
+            f"{store.info().uri} is not one file, and writing in place is only known for files"
+        )
+    return store
+
+
+def _undoing(current: Write, before: str, after: str) -> Write:
+    return Write(
+        refiner="",
+        before=before,
+        fingerprint=after,
+        written=current.written,
+        kept=current.kept,
+        time=time.time(),
+    )
+
+
+def _restore_rows(
+    store: VectorStore, journal: Journal, current: Write, now: str, progress: Progress
+) -> tuple[int, int]:
+    ours = OurRows(journal, current, by_vector=store.info().positional)
+    total = store.info().count
+    counts = np.zeros(2, np.int64)  # restored, left
+
+    def batches() -> Iterator[VectorBatch]:
+        done = 0
+        for batch in store.scan(SCAN_ROWS):
+            vectors, mine = ours.originals(batch)
+            counts[:] += (mine.sum(), (~mine).sum())
+            yield VectorBatch(ids=batch.ids, vectors=vectors)
+            done += len(batch)
+            progress("restore", done, total)
+
+    def check(candidate: VectorStore) -> None:
+        journal.announce(_undoing(current, now, fingerprint(candidate)))
+
+    try:
+        _file(store).replace_keeping(batches(), check, keep=None, expected=now)
+    except Exception:
+        if fingerprint(store) == now:
+            journal.settle(happened=False)
+        raise
+    return int(counts[0]), int(counts[1])
+
+
+class _Outgoing:
+    """The stream of refined rows, and what it takes to recognise them when read back."""
+
+    def __init__(self, rows: Rows, refine: Refine, progress: Progress) -> None:
+        self._rows = rows
+        self._refine = refine
+        self._progress = progress
+        self._sent = np.zeros(len(rows), np.uint64)
+        self.moved = 0
+
+    def batches(self) -> Iterator[VectorBatch]:
+        """Yield all rows, refined, in scan order."""
+        for start, block in self._rows.blocks():
+            refined = self._refine(start, block)
+            stop = start + len(block)
+            digests = row_digests(refined)
+            self._sent[start:stop] = digests
+            self.moved += int((digests != row_digests(block)).sum())
+            yield VectorBatch(ids=self._rows.ids[start:stop], vectors=refined)
+            self._progress("write", stop, len(self._rows))
+
+    def verify(self, candidate: VectorStore) -> Digests:
+        """Read every row back and return the digests of what is there, in scan order.
+
+        Raises:
+            VerificationError: A row is missing, foreign, or not what was sent.
+        """
+        info = candidate.info()
+        lookup = Lookup(self._rows.ids)
+        read = np.zeros(len(self._rows), np.uint64)
+        seen = np.zeros(len(self._rows), np.bool_)
+        wrong = done = 0
+        for batch in candidate.scan(SCAN_ROWS):
+            places = lookup.find(batch.ids)
+            if (places < 0).any() or seen[places].any():
+                raise VerificationError(
+                    f"{info.uri}: the ids read back are not those that were there; "
+                    "nothing was swapped"
+                )
+            seen[places] = True
+            read[places] = row_digests(batch.vectors)
+            if info.exact:
+                wrong += int((read[places] != self._sent[places]).sum())
+            else:
+                wrong += int((~near(batch.vectors, self._expected(places), LOSSY_ERROR)).sum())
+            done += len(batch)
+            self._progress("verify", done, len(self._rows))
+        if wrong or not seen.all():
+            raise VerificationError(
+                f"{info.uri}: {wrong} rows read back differ from what was written and "
+                f"{int((~seen).sum())} are missing; nothing was swapped"
+            )
+        return read
+
+    def _expected(self, places: Positions) -> Vectors:
+        # A block is refined as a whole, since `refine` goes by position of contiguous rows.
+        out = np.empty((len(places), self._rows.dim), np.float32)
+        for start, block in self._rows.blocks():
+            here = (places >= start) & (places < start + len(block))
+            if here.any():
+                out[here] = self._refine(start, block)[places[here] - start]
+        return out
+
+
+def _digests_of(journal: Journal, write: Write | None) -> Digests:
+    """Return the digests of all rows after a write; of the originals where that undid one."""
+    if write is not None and write.refiner and write.written is not None:
+        return np.sort(journal.open_written(write.written)[1])
+    digests = [row_digests(block) for _, block in journal.open_originals().blocks()]
+    return np.sort(np.concatenate(digests))
+
+
+def _count_rows(store: VectorStore, digests: Digests) -> int:
+    """Count the rows of a store whose digest is among these, which are sorted."""
+    count = 0
+    for batch in store.scan(SCAN_ROWS):
+        read = row_digests(batch.vectors)
+        places = np.minimum(np.searchsorted(digests, read), len(digests) - 1)
+        count += int((digests[places] == read).sum())
+    return count

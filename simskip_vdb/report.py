@@ -1,0 +1,298 @@
+"""What people read: the result of a run, as a table or as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from simskip_vdb.gate import Decision
+
+REFUSED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The outcome of fit, evaluate or refine.
+
+    Attributes:
+        action: ``fit``, ``evaluate`` or ``refine``.
+        index: The index's URI.
+        kind: What it is, in words.
+        rows: Rows in the index.
+        dim: Dimension.
+        metric: ``cosine``, ``dot`` or ``euclid``.
+        side: ``docs`` or ``both``.
+        refiner: id, path, alpha, beta, late rule; None where there is none.
+        split: Which queries `measures` and `strata` are on: ``test`` or ``validation``.
+        queries: Number of queries of each split.
+        measure: The chosen measure, which alone the gate judges.
+        measures: Comparison of each measure by exact search, before and after.
+        strata: The chosen measure over seen and unseen queries.
+        regressions: The queries that lost most.
+        through_index: Each measure through the user's index, before and after.
+        ann_recall: ann_recall@10 before and after.
+        late_rows: Rows that arrive later: rule, share of the top 10 before and after.
+        group_overlap: Top-10 overlap inside groups, before against after.
+        gate: The decision; None where nothing was to be decided.
+        written: rows, skipped, mode; None where nothing was to be written.
+        forecast: What `--dry-run` found.
+        notes: What else a person should know.
+        seconds: Time by stage.
+    """
+
+    action: str
+    index: str
+    kind: str
+    rows: int
+    dim: int
+    metric: str
+    side: str
+    refiner: Mapping[str, Any] | None = None
+    split: str | None = None
+    queries: Mapping[str, int] = field(default_factory=dict)
+    measure: str | None = None
+    measures: Mapping[str, Any] = field(default_factory=dict)
+    strata: Mapping[str, Any] = field(default_factory=dict)
+    regressions: Sequence[Mapping[str, Any]] = ()
+    through_index: Mapping[str, Any] = field(default_factory=dict)
+    ann_recall: Mapping[str, float] | None = None
+    late_rows: Mapping[str, Any] | None = None
+    group_overlap: float | None = None
+    gate: Decision | None = None
+    written: Mapping[str, Any] | None = None
+    forecast: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """3 where the gate refused, else 0."""
+        return REFUSED if self.gate is not None and not self.gate.passed else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values, with its schema number."""
+        data = asdict(self)
+        data["gate"] = None if self.gate is None else self.gate.to_dict()
+        return {"schema": 1, **data}
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Lay a report out as a table for people.
+
+    Args:
+        report: As `Report.to_dict` returns it.
+    """
+    blocks = [
+        _heading(report),
+        _measures(report),
+        _regressions(report),
+        _findings(report),
+        _forecast(report),
+        _outcome(report),
+    ]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def render_rollback(result: Mapping[str, Any]) -> str:
+    """Say what a rollback did."""
+    if result["exact"]:
+        lines = [f"{result['index']}: restored, {result['restored']:,} rows", "the very same file:"]
+    else:
+        lines = [
+            f"{result['index']}: restored {result['restored']:,} rows; "
+            f"{result['kept']:,} rows that were added or changed since stay as they are",
+            "the file changed since it was refined, so it was rebuilt around its rows:",
+        ]
+    lines.append(f"  SHA-256 {result['sha256']}")
+    lines.append("Reload your application: one that runs still holds the refined index.")
+    return "\n".join(lines)
+
+
+def render_status(status: Mapping[str, Any]) -> str:
+    """Say whether an index is refined, by what, and how to undo it."""
+    lines = [f"{status['index']} · {status['kind']} · {status['rows']:,} rows × {status['dim']}"]
+    if status["copy_of"]:
+        lines.append(f"a refined copy of {status['copy_of']}, which is as it was")
+    if status["interrupted"]:
+        lines.append("a run was interrupted while writing; run the same command again to finish")
+    current = status["refined"]
+    if current is None:
+        lines.append("holds originals" + ("" if status["state"] else "; never refined"))
+    else:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(current["time"]))
+        lines.append(f"refined by {current['refiner']} on {when}, side {current['side']}")
+        lines.append(f"  {_gain(current)}")
+        if status["changed_since"]:
+            lines.append("  the file was changed since; changed and added rows are not ours")
+        if not status["copy_of"]:
+            lines.append(f"undo: simskip rollback {status['index']}")
+    if status["state"]:
+        lines.append(f"state: {status['state']} ({_bytes(status['state_bytes'])})")
+        lines.append(f"looks at test queries so far: {status['looks']}")
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align cells in columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, *rows):
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join((first, *rest)).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Write a measure with four decimals and no leading zero."""
+    return f"{value:.4f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("0.", ".", 1)
+
+
+def _heading(report: Mapping[str, Any]) -> str:
+    lines = [
+        f"{report['index']} · {report['kind']} · {report['rows']:,} rows × {report['dim']}"
+        f" · {report['metric']}"
+    ]
+    refiner = report["refiner"]
+    if refiner is not None:
+        lines.append(
+            f"refiner {refiner['id']} · side {report['side']} · α {refiner['alpha']:g}"
+            f" · β {refiner['beta']:g}" + (f" · {refiner['path']}" if refiner["path"] else "")
+        )
+    if report["queries"]:
+        counts = ", ".join(f"{count:,} {name}" for name, count in report["queries"].items())
+        lines.append(f"queries: {counts}")
+    return "\n".join(lines)
+
+
+def _measures(report: Mapping[str, Any]) -> str:
+    if not report["measures"]:
+        return ""
+    rows = [_row(name, found) for name, found in report["measures"].items()]
+    for name, found in report["strata"].items():
+        if found["queries"]:
+            rows.append(_row(f"  {name} ({found['queries']})", found))
+    header = ("exact search", "before", "after", "delta", "95 % interval", "wins", "ties", "losses")
+    look = f", look {report['gate']['look']}" if report["gate"] and report["gate"]["look"] else ""
+    title = f"{report['split']} queries{look}; the gate judges {report['measure']}"
+    few = [
+        f"{name}: {found['queries']} queries, too few to judge"
+        for name, found in report["strata"].items()
+        if found["queries"] < 30
+    ]
+    return "\n".join([title, table(header, rows), *few])
+
+
+def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    interval = found["ci95"]
+    return (
+        name,
+        number(found["before"]),
+        number(found["after"]),
+        _signed(found["delta"]),
+        "" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}",
+        str(found["wins"]),
+        str(found["ties"]),
+        str(found["losses"]),
+    )
+
+
+def _regressions(report: Mapping[str, Any]) -> str:
+    lost = [
+        f"{item['query']} {number(item['before'])} → {number(item['after'])}"
+        for item in report["regressions"]
+    ]
+    return f"lost most: {' · '.join(lost)}" if lost else ""
+
+
+def _findings(report: Mapping[str, Any]) -> str:
+    lines = []
+    for name, found in report["through_index"].items():
+        lines.append(
+            f"through the index: {name} {_optional(found['before'])} → {_optional(found['after'])}"
+        )
+    ann = report["ann_recall"]
+    if ann is not None:
+        lines.append(f"ann_recall@10: {_optional(ann['before'])} → {_optional(ann['after'])}")
+    late = report["late_rows"]
+    if late is not None:
+        rule = {"raw": "left raw", "f": "refined by f"}[late["rule"]]
+        verdict = "fair" if late["fair"] else "not fair"
+        lines.append(
+            f"late rows ({rule}): {late['before']:.1%} → {late['after']:.1%} of the top 10, {verdict}"
+        )
+    if report["group_overlap"] is not None:
+        lines.append(f"order inside groups: top-10 overlap {report['group_overlap']:.2f}")
+    return "\n".join(lines)
+
+
+def _optional(value: float | None) -> str:
+    return "–" if value is None else number(value)
+
+
+def _forecast(report: Mapping[str, Any]) -> str:
+    forecast = report["forecast"]
+    if forecast is None:
+        return ""
+    lines = [
+        "dry run: nothing was written, no test query was read",
+        f"would write {forecast['rows']:,} rows in about {forecast['seconds']:.0f} s; "
+        f"originals take {_bytes(forecast['originals_bytes'])}, "
+        f"{_bytes(forecast['free_bytes'])} are free",
+    ]
+    for sample in forecast["samples"]:
+        before, after = (
+            ", ".join(f"{x:+.3f}" for x in sample[name]) for name in ("before", "after")
+        )
+        lines.append(f"  row {sample['id']}: [{before}, …] → [{after}, …]")
+    return "\n".join(lines)
+
+
+def _outcome(report: Mapping[str, Any]) -> str:
+    lines = []
+    gate, written = report["gate"], report["written"]
+    if gate is not None:
+        lines += [f"warning: {warning}" for warning in gate["warnings"]]
+        if gate["passed"]:
+            lines.append("gate: passed" if not gate["unmeasured"] else "gate: nothing measured")
+        else:
+            lines.append("gate: refused, nothing written")
+            lines += [f"  - {reason}" for reason in gate["reasons"]]
+    lines += [f"note: {note}" for note in report["notes"]]
+    if written is not None and written["mode"] == "in-place":
+        lines.append(f"written: {written['rows']:,} rows, read back and verified")
+        lines.append(f"undo: simskip rollback {report['index']}")
+        lines.append("Reload your application: one that runs still holds the old index.")
+    if written is not None and written["mode"] == "copy":
+        lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")
+        lines.append(
+            f"pass queries through the refiner: Refiner.load({report['refiner']['path']!r})(queries)"
+        )
+    if report["seconds"]:
+        parts = (f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
+        lines.append(f"seconds: {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def _gain(current: Mapping[str, Any]) -> str:
+    if current.get("evidence") != "measured":
+        return "not measured: written on request (--accept-unmeasured)"
+    low, high = current["ci95"]
+    return (
+        f"{current['measure']} {number(current['before'])} → {number(current['after'])} "
+        f"({_signed(low)} to {_signed(high)}) on {current['queries']} test queries"
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,221 @@
+"""Exact nearest neighbours by brute force, in bounded memory and with a stable order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Metric, Neighbors, Positions, Vectors
+
+_QUERIES = 256
+"""Queries scored at once."""
+_ELEMENTS = 1 << 22
+"""Numbers held in one piece of a block, whatever the dimension."""
+
+Floats = NDArray[np.floating[Any]]
+Scores = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+
+def exact_search(
+    queries: Vectors,
+    blocks: Iterable[tuple[int, Vectors]],
+    k: int,
+    metric: Metric,
+    skip: Mask | None = None,
+) -> Neighbors:
+    """Find every query's k best rows by comparing it with all of them.
+
+    Rows with a NaN or an infinite number are never returned, nor are zero rows under cosine. Of
+    equal scores the lower position comes first. The answer does not depend on how rows are cut
+    into blocks.
+
+    Args:
+        queries: Shape (q, d), finite; not zero under cosine.
+        blocks: Pairs of a first position and that row and its successors, shape (b, d), with
+            positions ascending.
+        k: Rows wanted for each query, at least 1.
+        metric: How queries and rows are compared.
+        skip: Shape (n,); rows that are left out of the answer.
+
+    Returns:
+        Positions and scores, each of shape (q, k): -1 and -inf where there are fewer rows.
+
+    Raises:
+        ValueError: `k` is below 1, or blocks are out of order.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, not {k}")
+    parts = [_Best(queries[i : i + _QUERIES], k, metric) for i in range(0, len(queries), _QUERIES)]
+    expected = 0
+    for start, vectors in blocks:
+        if start < expected:
+            raise ValueError(f"block at {start} begins before {expected}")
+        expected = start + len(vectors)
+        size = max(1, _ELEMENTS // max(1, vectors.shape[1]))
+        for i in range(0, len(vectors), size):
+            rows = _Rows(vectors[i : i + size], start + i, metric, skip)
+            for part in parts:
+                part.add(rows)
+    for part in parts:
+        part.merge()
+    return Neighbors(
+        ids=np.concatenate([np.empty((0, k), np.int64), *(p.positions for p in parts)]),
+        scores=np.concatenate(
+            [np.empty((0, k), np.float32), *(p.scores.astype(np.float32) for p in parts)]
+        ),
+    )
+
+
+def pair_scores(queries: Floats, rows: Floats, metric: Metric) -> Scores:
+    """Score queries against rows pair by pair, in float64; higher is better.
+
+    A pair's score depends on nothing but the pair, unlike a matrix product's, whose rounding
+    changes with its shape.
+
+    Args:
+        queries: Shape (…, d).
+        rows: Shape (…, d), broadcast against `queries`.
+        metric: Euclid scores are negated squared distances.
+
+    Returns:
+        Shape (…).
+    """
+    ours: Scores = queries.astype(np.float64)
+    theirs: Scores = rows.astype(np.float64)
+    if metric is Metric.EUCLID:
+        return -_sum((ours - theirs) ** 2)
+    scores = _sum(ours * theirs)
+    if metric is Metric.COSINE:
+        scores /= np.sqrt(_sum(ours**2)) * np.sqrt(_sum(theirs**2))
+    return scores
+
+
+def _sum(products: Scores) -> Scores:
+    total: Scores = np.ascontiguousarray(products).sum(axis=-1)
+    return total
+
+
+class _Rows:
+    """Usable rows of a piece of a block, made ready for one matrix product."""
+
+    def __init__(self, vectors: Vectors, start: int, metric: Metric, skip: Mask | None) -> None:
+        squares = _squared_norms(vectors)
+        usable = np.isfinite(squares)
+        if metric is Metric.COSINE:
+            usable &= squares > 0
+        if skip is not None:
+            usable &= ~skip[start : start + len(vectors)]
+        if not usable.all():
+            vectors, squares = vectors[usable], squares[usable]
+        self.positions: Positions = start + np.flatnonzero(usable)
+        self.vectors = vectors  # (b, d)
+        self.fast = _row_factors(vectors, squares, metric)
+        largest = float(np.sqrt(squares.max(initial=0)))
+        self.norm = 1.0 if metric is Metric.COSINE else largest
+
+
+class _Best:
+    """The k best rows so far of some queries.
+
+    A float32 matrix product proposes rows; those within its rounding error of the k-th best are
+    scored again pair by pair, so that neither shapes nor threads decide an order.
+    """
+
+    def __init__(self, queries: Vectors, k: int, metric: Metric) -> None:
+        count, dim = queries.shape
+        squares = _squared_norms(queries)
+        self.queries, self.k, self.metric = queries, k, metric
+        self.fast = _query_factors(queries, squares, metric)
+        self.norms = np.ones(count) if metric is Metric.COSINE else np.sqrt(squares)
+        # The product leaves -|q|² out of -|q - x|².
+        self.shift = squares if metric is Metric.EUCLID else np.zeros(count)
+        # A product of d numbers errs by at most about d·eps/2·|q||x| (Higham, 2002, section 3.1).
+        self.error = (dim + 8) * float(np.finfo(np.float32).eps)
+        self.positions: Positions = np.full((count, k), -1)
+        self.scores = np.full((count, k), -np.inf)
+        self.waiting: list[tuple[Positions, Positions, Scores]] = []
+
+    def add(self, rows: _Rows) -> None:
+        """Take the rows that may belong to a query's k best."""
+        if len(rows.positions) == 0:
+            return
+        owners, picked = self._propose(rows)
+        scores = self._score(owners, rows.vectors, picked)
+        better = scores > self.scores[owners, -1]
+        self.waiting.append((owners[better], rows.positions[picked[better]], scores[better]))
+        if sum(len(w[0]) for w in self.waiting) > self.scores.size // 2:
+            self.merge()
+
+    def _propose(self, rows: _Rows) -> tuple[Positions, Positions]:
+        product = self.fast @ rows.fast.T  # (q, b)
+        if self.metric is Metric.EUCLID:
+            slack = self.error * (self.norms + rows.norm) ** 2
+        else:
+            slack = self.error * self.norms * rows.norm
+        cut = self.scores[:, -1] + self.shift - slack
+        proposed: Mask = product >= cut[:, None].astype(np.float32)
+        surplus = len(rows.positions) - self.k
+        if surplus > 0 and np.count_nonzero(proposed) > self.scores.size:
+            kth = np.partition(product, surplus, axis=1)[:, surplus]
+            cut = np.maximum(cut, kth - 2 * slack)
+            proposed = product >= cut[:, None].astype(np.float32)
+        owners, picked = np.divmod(np.flatnonzero(proposed), product.shape[1])
+        return owners, picked
+
+    def _score(self, owners: Positions, vectors: Vectors, picked: Positions) -> Scores:
+        scores = np.empty(len(owners))
+        size = max(1, _ELEMENTS // 8 // max(1, vectors.shape[1]))
+        for i in range(0, len(owners), size):
+            part = slice(i, i + size)
+            scores[part] = pair_scores(
+                self.queries[owners[part]], vectors[picked[part]], self.metric
+            )
+        return scores
+
+    def merge(self) -> None:
+        """Rank what waits together with the best so far."""
+        count, k = self.scores.shape
+        owners = np.concatenate([np.repeat(np.arange(count), k), *(w[0] for w in self.waiting)])
+        positions = np.concatenate([self.positions.ravel(), *(w[1] for w in self.waiting)])
+        scores = np.concatenate([self.scores.ravel(), *(w[2] for w in self.waiting)])
+        order = np.lexsort((positions, -scores, owners))
+        owners = owners[order]
+        rank = np.arange(len(owners)) - np.searchsorted(owners, np.arange(count))[owners]
+        kept = order[rank < k]
+        self.positions = positions[kept].reshape(count, k)
+        self.scores = scores[kept].reshape(count, k)
+        self.waiting = []
+
+
+def _squared_norms(vectors: Vectors) -> Scores:
+    squares: Scores = np.einsum("ij,ij->i", vectors, vectors).astype(np.float64)
+    # float32 squares of extreme numbers overflow or vanish although the numbers are fine.
+    extreme = ~((squares > 1e-30) & (squares < 1e30))
+    if extreme.any():
+        squares[extreme] = _sum(vectors[extreme].astype(np.float64) ** 2)
+    return squares
+
+
+def _query_factors(queries: Vectors, squares: Scores, metric: Metric) -> Vectors:
+    if metric is Metric.COSINE:
+        return _unit(queries, squares)
+    if metric is Metric.EUCLID:
+        return np.hstack([2 * queries, np.full((len(queries), 1), -1, np.float32)])
+    return queries
+
+
+def _row_factors(rows: Vectors, squares: Scores, metric: Metric) -> Vectors:
+    if metric is Metric.COSINE:
+        return _unit(rows, squares)
+    if metric is Metric.EUCLID:
+        return np.hstack([rows, squares[:, None].astype(np.float32)])
+    return rows
+
+
+def _unit(vectors: Vectors, squares: Scores) -> Vectors:
+    norms: Vectors = np.sqrt(squares)[:, None].astype(np.float32)
+    return vectors / norms

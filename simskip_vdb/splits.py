@@ -1,0 +1,165 @@
+"""Share queries out to fit, validation and test, the same way every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Ids, Positions, Split, Vectors
+from simskip_vdb.errors import MissingDependencyError
+
+NEAR_IDENTICAL = 0.999
+"""Cosine above which two queries count as one."""
+HELD_OUT = 0.2
+"""Part of the rows that act as queries for one split where groups have no queries."""
+MOST_HELD_OUT = 1000
+"""Most rows that act as queries for one split."""
+MOST_GROUP_JUDGMENTS = 2_000_000
+"""About the most relevant rows that groups may make over all queries of one split."""
+_BLOCK = 1024
+
+
+def unit_hash(names: Iterable[str], seed: int) -> NDArray[np.float64]:
+    """Return a number in [0, 1) for each name that depends on nothing but name and seed.
+
+    Args:
+        names: n names.
+        seed: Any integer.
+
+    Returns:
+        Shape (n,).
+    """
+    key = str(seed).encode()
+    digests = b"".join(
+        hashlib.blake2b(name.encode(), digest_size=8, key=key).digest() for name in names
+    )
+    # A float64 holds 53 bits; keeping more would round the largest hashes up to 1.
+    whole = np.frombuffer(digests, ">u8").astype(np.uint64) >> np.uint64(11)
+    fractions: NDArray[np.float64] = whole.astype(np.float64) * 2.0**-53
+    return fractions
+
+
+def near_identical(vectors: Vectors) -> Positions:
+    """Number the clusters of queries that are linked by a cosine above `NEAR_IDENTICAL`.
+
+    Args:
+        vectors: Shape (m, d), finite and not zero.
+
+    Returns:
+        Shape (m,); equal numbers are one cluster.
+
+    Raises:
+        MissingDependencyError: scipy is not installed.
+    """
+    try:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+    except ImportError as error:
+        raise MissingDependencyError("scipy", "eval") from error
+    count = len(vectors)
+    unit = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    unit = unit.astype(np.float32)
+    everyone = np.arange(count)
+    cluster = everyone
+    for start in range(0, count, _BLOCK):
+        linked = unit[start : start + _BLOCK] @ unit[start:].T > NEAR_IDENTICAL
+        ones, others = np.nonzero(linked)
+        ends = np.concatenate([others + start, cluster])
+        starts = np.concatenate([ones + start, everyone])
+        links = coo_array((np.ones(len(ends), np.bool_), (starts, ends)), shape=(count, count))
+        # Clusters are numbered by a member, so that they can be linked on in the next block.
+        numbers = connected_components(links, directed=False)[1]
+        cluster = np.unique(numbers, return_index=True)[1][numbers]
+    return cluster
+
+
+def assign(
+    ids: Sequence[str],
+    clusters: Positions,
+    shares: Mapping[Split, float],
+    seed: int,
+    assigned: Mapping[str, Split],
+) -> dict[str, Split]:
+    """Assign every query to a split.
+
+    A query keeps the split of an earlier run, and its near-identical queries follow it. The rest
+    go by the hash of their cluster's first id in alphabetical order.
+
+    Args:
+        ids: m query ids.
+        clusters: Shape (m,), from `near_identical`.
+        shares: What part of the queries each split gets; they add up to 1.
+        seed: Seeds the hash.
+        assigned: Splits of earlier runs by query id.
+    """
+    leader: dict[int, str] = {}
+    followed: dict[int, Split] = {}
+    for name, cluster in sorted(zip(ids, clusters.tolist(), strict=True)):
+        leader.setdefault(cluster, name)
+        if name in assigned:
+            followed.setdefault(cluster, assigned[name])
+    splits = list(shares)
+    bounds = np.cumsum([shares[split] for split in splits])[:-1]
+    drawn = np.searchsorted(bounds, unit_hash(leader.values(), seed), side="right")
+    by_hash = {c: splits[i] for c, i in zip(leader, drawn.tolist(), strict=True)}
+    return {
+        name: assigned.get(name) or followed.get(cluster) or by_hash[cluster]
+        for name, cluster in zip(ids, clusters.tolist(), strict=True)
+    }
+
+
+def hold_out(
+    row_ids: Ids,
+    groups: Positions,
+    splits: Sequence[Split],
+    seed: int,
+    assigned: Mapping[str, Split],
+) -> dict[Split, Positions]:
+    """Choose rows that act as queries: a fifth of all for each split, at most `MOST_HELD_OUT`.
+
+    Huge groups lower that number, so that `MOST_GROUP_JUDGMENTS` is kept. Rows held out in an
+    earlier run are held out again. Every group keeps at least one row, so a group of a single row
+    is never touched.
+
+    Args:
+        row_ids: Shape (n,).
+        groups: Shape (n,), group codes; -1 for rows without a group.
+        splits: Which splits need rows.
+        seed: Seeds the hash.
+        assigned: Splits of earlier runs, rows under `row_name`.
+
+    Returns:
+        Positions by split, ascending.
+    """
+    names = [row_name(row_id) for row_id in row_ids.tolist()]
+    drawn = unit_hash(names, seed)
+    eligible = groups >= 0
+    order = np.lexsort((drawn, groups))
+    eligible[order[np.flatnonzero(np.diff(groups[order], append=-2))]] = False
+    before = {i: assigned[name] for i, name in enumerate(names) if name in assigned}
+    fresh = eligible.copy()
+    fresh[list(before)] = False
+    held = {}
+    for number, split in enumerate((Split.VALIDATION, Split.TEST)):
+        if split not in splits:
+            continue
+        kept = [i for i, earlier in before.items() if earlier is split and eligible[i]]
+        fifth = fresh & (drawn >= number * HELD_OUT) & (drawn < (number + 1) * HELD_OUT)
+        added = np.flatnonzero(fifth)
+        added = added[np.argsort(drawn[added])][: max(0, _most_held_out(groups) - len(kept))]
+        held[split] = np.sort(np.concatenate([np.array(kept, np.int64), added]))
+    return held
+
+
+def _most_held_out(groups: Positions) -> int:
+    sizes = np.bincount(groups[groups >= 0]).astype(np.float64)
+    relevant = (sizes**2).sum() / max(1.0, sizes.sum())
+    return min(MOST_HELD_OUT, int(MOST_GROUP_JUDGMENTS / max(1.0, relevant)))
+
+
+def row_name(row_id: object) -> str:
+    """Return the query id of a row that acts as a query."""
+    return f"row:{row_id}"

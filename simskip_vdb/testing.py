@@ -1,0 +1,318 @@
+"""The contract of a store as tests that every connector runs.
+
+Subclass `StoreContract` in a test module, and give it a way to make a store and a way to read one
+that bypasses the code under test::
+
+    class TestMyStore(StoreContract):
+        metrics = (Metric.DOT,)
+
+        def make_store(self, ids, vectors, metric):
+            ...
+
+        def raw_rows(self, store):
+            ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors
+from simskip_vdb.errors import ConfigError, DataError, SimskipError
+from simskip_vdb.store import VectorStore
+
+_SEED = 20
+_K = 10
+
+
+class StoreContract:
+    """What every `VectorStore` keeps.
+
+    Attributes:
+        metrics: Metrics that the store knows; the others are skipped.
+        positional: True where ids are positions.
+        exact: True where vectors are read back bit for bit.
+        tolerance: Largest error of a number that is read back, where `exact` is false.
+        search_params: Settings with which search finds every row.
+        count: Rows that are tried.
+        dim: Dimension that is tried.
+    """
+
+    metrics: ClassVar[tuple[Metric, ...]] = tuple(Metric)
+    positional: bool = False
+    exact: bool = True
+    tolerance: float = 0.0
+    search_params: Mapping[str, Any] = MappingProxyType({})
+    count: int = 60
+    dim: int = 8
+
+    def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        """Make a store of these rows, whose scan order is this order."""
+        raise NotImplementedError
+
+    def raw_rows(self, store: VectorStore) -> tuple[Ids, Vectors]:
+        """Read all rows in scan order without the code under test."""
+        raise NotImplementedError
+
+    @pytest.fixture(params=Metric, ids=lambda metric: metric.value)
+    def metric(self, request: pytest.FixtureRequest) -> Metric:
+        """Go through the metrics."""
+        metric: Metric = request.param
+        if metric not in self.metrics:
+            pytest.skip(f"the store does not know {metric.value}")
+        return metric
+
+    @pytest.fixture
+    def ids(self) -> Ids:
+        """Ids in scan order, ascending, with holes where ids are free."""
+        return np.arange(self.count) * (1 if self.positional else 3)
+
+    @pytest.fixture
+    def vectors(self) -> Vectors:
+        """Vectors of unit length, so that a store that normalises keeps them."""
+        return _unit_vectors(self.count, self.dim, _SEED)
+
+    @pytest.fixture
+    def refined(self) -> Vectors:
+        """Other vectors for the same rows."""
+        return _unit_vectors(self.count, self.dim, _SEED + 1)
+
+    @pytest.fixture
+    def store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        """Give a store of these rows."""
+        return self.make_store(ids, vectors, metric)
+
+    def test_info(self, store: VectorStore, metric: Metric) -> None:
+        """It says what it is."""
+        info = store.info()
+        assert (info.count, info.dim, info.metric) == (self.count, self.dim, metric)
+        assert (info.positional, info.exact) == (self.positional, self.exact)
+        assert info.uri
+        assert info.kind
+
+    @pytest.mark.parametrize("batch_size", [1, 7, 60, 1000])
+    def test_scan_yields_every_row_once_in_order(
+        self, store: VectorStore, ids: Ids, vectors: Vectors, batch_size: int
+    ) -> None:
+        """Every row once, whatever the size of a batch."""
+        batches = list(store.scan(batch_size))
+        assert max(map(len, batches)) <= batch_size
+        assert all(batch.vectors.dtype == np.float32 for batch in batches)
+        read_ids, read = _together(batches)
+        np.testing.assert_array_equal(read_ids, ids)
+        self._assert_close(read, vectors)
+
+    def test_scan_reads_what_is_stored(self, store: VectorStore) -> None:
+        """What is read is what a reader without our code finds, to the bit."""
+        ids, vectors = _together(store.scan(7))
+        raw_ids, raw = self.raw_rows(store)
+        np.testing.assert_array_equal(ids, raw_ids)
+        assert vectors.tobytes() == raw.tobytes()
+
+    def test_scan_goes_on_after_every_cursor(self, store: VectorStore) -> None:
+        """A cursor leads to the rows after its batch, and the last one to none."""
+        batches = list(store.scan(7))
+        for done, batch in enumerate(batches, start=1):
+            assert batch.cursor is not None
+            rest = list(store.scan(7, cursor=batch.cursor))
+            assert [b.ids.tolist() for b in rest] == [b.ids.tolist() for b in batches[done:]]
+
+    def test_scan_refuses_what_makes_no_sense(self, store: VectorStore) -> None:
+        """An empty batch and an unknown field are configuration errors."""
+        with pytest.raises(ConfigError):
+            list(store.scan(0))
+        with pytest.raises(ConfigError):
+            list(store.scan(7, fields=["no such field"]))
+
+    def test_fetch_keeps_the_order_asked(
+        self, store: VectorStore, ids: Ids, vectors: Vectors
+    ) -> None:
+        """Rows come in the order asked, repeated where asked twice."""
+        wanted = np.array([5, 0, self.count - 1, 5])
+        self._assert_close(store.fetch(ids[wanted]), vectors[wanted])
+        assert store.fetch(ids[:0]).shape == (0, self.dim)
+
+    def test_fetch_refuses_an_unknown_id(self, store: VectorStore, ids: Ids) -> None:
+        """An unknown id among known ones is named."""
+        unknown = int(ids[-1]) + 1
+        with pytest.raises(DataError, match=str(unknown)):
+            store.fetch(np.array([ids[0], unknown]))
+
+    def test_search_finds_the_nearest_first(self, store: VectorStore, metric: Metric) -> None:
+        """Ids and scores are those of exact search over what is stored."""
+        queries = _unit_vectors(9, self.dim, _SEED + 2)
+        self._assert_exact_search(store, queries, metric)
+
+    def test_search_marks_missing_rows(self, store: VectorStore, ids: Ids) -> None:
+        """Where there are fewer than k rows, the rest is -1 and -inf."""
+        queries = _unit_vectors(2, self.dim, _SEED + 2)
+        found = store.search(queries, self.count + 5, self.search_params)
+        assert found.ids.shape == found.scores.shape == (2, self.count + 5)
+        assert found.scores.dtype == np.float32
+        for row_ids, scores in zip(found.ids, found.scores, strict=True):
+            assert sorted(row_ids[: self.count]) == ids.tolist()
+            assert (row_ids[self.count :] == -1).all()
+            assert np.isneginf(scores[self.count :]).all()
+
+    def test_search_refuses_what_it_does_not_know(self, store: VectorStore) -> None:
+        """An unknown parameter, k below 1 and a wrong dimension are named."""
+        queries = _unit_vectors(2, self.dim, _SEED)
+        with pytest.raises(ConfigError, match="no_such_parameter"):
+            store.search(queries, 3, {"no_such_parameter": 1})
+        with pytest.raises(ConfigError):
+            store.search(queries, 0, {})
+        with pytest.raises(DataError):
+            store.search(queries[:, 1:], 3, {})
+
+    def test_replace_all_rows(
+        self, store: VectorStore, ids: Ids, refined: Vectors, metric: Metric
+    ) -> None:
+        """New vectors are stored, in the same order, and found."""
+        before = store.info()
+        store.replace(_batches(ids, refined, 7), _accept)
+        self._assert_holds(store, ids, refined)
+        assert store.info() == before
+        self._assert_exact_search(store, refined[:9], metric)
+
+    def test_replace_some_rows(
+        self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors
+    ) -> None:
+        """Rows left out keep their vectors."""
+        chosen = np.zeros(self.count, np.bool_)
+        chosen[[1, 2, 30, self.count - 2]] = True
+        store.replace(_batches(ids[chosen], refined[chosen], 3), _accept)
+        self._assert_holds(store, ids, np.where(chosen[:, None], refined, vectors))
+
+    def test_replace_nothing(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
+        """No batches and empty ones change nothing."""
+        store.replace([], _accept)
+        store.replace(_batches(ids[:0], vectors[:0], 3), _accept)
+        self._assert_holds(store, ids, vectors)
+
+    def test_check_sees_the_new_rows(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """The check is handed a store that holds what was written."""
+        seen = []
+
+        def check(candidate: VectorStore) -> None:
+            seen.append(_together(candidate.scan(1000)))
+
+        store.replace(_batches(ids, refined, 7), check)
+        ((read_ids, read),) = seen
+        np.testing.assert_array_equal(read_ids, ids)
+        self._assert_close(read, refined)
+
+    def test_check_refuses(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """An error in the check passes through, and the rows are as they were."""
+
+        def refuse(candidate: VectorStore) -> None:
+            raise LookupError("refused")
+
+        before = self.raw_rows(store)
+        with pytest.raises(LookupError, match="refused"):
+            store.replace(_batches(ids, refined, 7), refuse)
+        self._assert_untouched(store, before)
+
+    def test_batches_fail(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """An error of the one who makes the batches passes through, too."""
+
+        def batches() -> Iterator[VectorBatch]:
+            yield VectorBatch(ids=ids[:7], vectors=refined[:7])
+            raise LookupError("no more")
+
+        before = self.raw_rows(store)
+        with pytest.raises(LookupError, match="no more"):
+            store.replace(batches(), _accept)
+        self._assert_untouched(store, before)
+
+    @pytest.mark.parametrize("wrong", ["unknown id", "order", "twice", "dimension", "length"])
+    def test_replace_refuses_wrong_batches(
+        self, store: VectorStore, ids: Ids, refined: Vectors, wrong: str
+    ) -> None:
+        """Bad batches after a good one are data errors, and the rows are as they were."""
+        before = self.raw_rows(store)
+        good = VectorBatch(ids=ids[:7], vectors=refined[:7])
+        rows = {
+            "unknown id": (np.array([int(ids[-1]) + 1]), refined[:1]),
+            "order": (ids[[9, 8]], refined[:2]),
+            "twice": (ids[[6]], refined[:1]),
+            "dimension": (ids[[9]], refined[:1, 1:]),
+            "length": (ids[[9, 10]], refined[:1]),
+        }[wrong]
+        with pytest.raises(DataError):
+            store.replace([good, VectorBatch(ids=rows[0], vectors=rows[1])], _accept)
+        self._assert_untouched(store, before)
+
+    def test_errors_name_the_store(self, store: VectorStore) -> None:
+        """A person can tell which store an error is about."""
+        with pytest.raises(SimskipError) as error:
+            store.scan(7, fields=["no such field"])
+        assert store.info().uri in str(error.value)
+
+    def _assert_holds(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
+        for read_ids, read in (self.raw_rows(store), _together(store.scan(7))):
+            np.testing.assert_array_equal(read_ids, ids)
+            self._assert_close(read, vectors)
+
+    def _assert_close(self, read: Vectors, expected: Vectors) -> None:
+        if self.exact:
+            assert read.tobytes() == expected.tobytes()
+        else:
+            np.testing.assert_allclose(read, expected, rtol=0, atol=self.tolerance)
+
+    def _assert_untouched(self, store: VectorStore, before: tuple[Ids, Vectors]) -> None:
+        for ids, vectors in (self.raw_rows(store), _together(store.scan(7))):
+            np.testing.assert_array_equal(ids, before[0])
+            assert vectors.tobytes() == before[1].tobytes()
+
+    def _assert_exact_search(self, store: VectorStore, queries: Vectors, metric: Metric) -> None:
+        ids, vectors = self.raw_rows(store)
+        scores = exact_scores(queries, vectors, metric)  # (q, n)
+        best = np.argsort(-scores, axis=1)[:, :_K]
+        found = store.search(queries, _K, self.search_params)
+        np.testing.assert_array_equal(found.ids, ids[best])
+        expected = np.take_along_axis(scores, best, axis=1)
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def exact_scores(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[np.float64]:
+    """Score every pair in float64, written out from the definition, shape (q, n)."""
+    left = queries.astype(np.float64)[:, None]  # (q, 1, d)
+    right = vectors.astype(np.float64)[None]  # (1, n, d)
+    scores: NDArray[np.float64]
+    if metric is Metric.EUCLID:
+        scores = -((left - right) ** 2).sum(axis=-1)
+    else:
+        scores = (left * right).sum(axis=-1)
+    if metric is Metric.COSINE:
+        scores /= np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    return scores
+
+
+def _accept(candidate: VectorStore) -> None:
+    """Check nothing."""
+
+
+def _unit_vectors(count: int, dim: int, seed: int) -> Vectors:
+    vectors = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
+
+
+def _batches(ids: Ids, vectors: Vectors, size: int) -> Iterator[VectorBatch]:
+    for start in range(0, max(len(ids), 1), size):
+        stop = start + size
+        yield VectorBatch(ids=ids[start:stop], vectors=vectors[start:stop])
+
+
+def _together(batches: Iterator[VectorBatch] | list[VectorBatch]) -> tuple[Ids, Vectors]:
+    parts = list(batches)
+    return (
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.vectors for part in parts]),
+    )

@@ -1,0 +1,285 @@
+"""One run's view of an index: its originals, its judgments, and how a refiner scores on them."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.config import FitSettings
+from simskip_vdb.datatypes import Neighbors, Positions, Progress, Split, Vectors
+from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.evaluation import (
+    DEFAULT_MEASURES,
+    GROUP_MEASURES,
+    ann_recall,
+    depth,
+    exact_search,
+    pair_scores,
+    parse_measures,
+    score,
+)
+from simskip_vdb.journal import Journal, Write
+from simskip_vdb.judgments import Judgments
+from simskip_vdb.ledger import Ledger
+from simskip_vdb.provenance import Lookup
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.reindex import recover, snapshot
+from simskip_vdb.resolution import Resolved, resolve
+from simskip_vdb.rows import Rows
+from simskip_vdb.store import FileBacked, VectorStore
+
+Mask = NDArray[np.bool_]
+Blocks = Iterable[tuple[int, Vectors]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a run is asked to do.
+
+    Attributes:
+        fit: How to fit.
+        measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
+        growing: Whether rows keep arriving, so that unfairness to late rows refuses.
+        refiner: Folder of a fitted refiner to use instead of fitting one.
+        out: Folder that receives a copy of the fitted refiner.
+        output: With side both, the new index file.
+        state: The state folder, if not the one beside the index.
+        search_params: Search settings as the application sets them.
+        accept_unmeasured: Write where nothing can be measured.
+        dry_run: Write nothing and read no test query.
+    """
+
+    fit: FitSettings = field(default_factory=FitSettings)
+    measure: str | None = None
+    growing: bool = False
+    refiner: Path | None = None
+    out: Path | None = None
+    output: Path | None = None
+    state: Path | None = None
+    search_params: Mapping[str, Any] = field(default_factory=dict)
+    accept_unmeasured: bool = False
+    dry_run: bool = False
+
+
+class Workspace:
+    """An index, locked, with its originals on disk and its judgments by position.
+
+    Attributes:
+        store: The index.
+        journal: Its state.
+        ledger: Splits and looks.
+        rows: The originals, in scan order.
+        usable: Rows that are finite and not zero, shape (n,).
+        judged: Judgments by position.
+        current: What was written to the index last; None where it holds originals.
+        measures: Measures to report, the chosen one first.
+        seconds: Time by stage.
+    """
+
+    def __init__(
+        self,
+        store: VectorStore,
+        journal: Journal,
+        rows: Rows,
+        judged: Resolved,
+        settings: Settings,
+    ) -> None:
+        self.store = store
+        self.info = store.info()
+        self.journal = journal
+        self.rows = rows
+        self.judged = judged
+        self.settings = settings
+        self.current: Write | None = journal.manifest.current
+        self.usable = _usable(rows)
+        defaults = DEFAULT_MEASURES if judged.groups is None else GROUP_MEASURES
+        chosen = (settings.measure,) if settings.measure else ()
+        self.measures = parse_measures((*chosen, *defaults))
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def measure(self) -> str:
+        """The measure that the gate judges."""
+        return self.measures[0]
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of a block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
+
+    def refined(
+        self, refiner: Refiner, start: int, block: Vectors, late: Mask | None = None
+    ) -> Vectors:
+        """Refine a block of originals whose first row is at position `start`."""
+        part = slice(start, start + len(block))
+        return refiner.refine_rows(block, self.rows.ids[part], None if late is None else late[part])
+
+    def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
+        """Yield all rows refined."""
+        for start, block in self.rows.blocks():
+            yield start, self.refined(refiner, start, block, late)
+
+    def current_blocks(self) -> Blocks:
+        """Yield all rows as the index holds them now."""
+        if self.current is None:
+            yield from self.rows.blocks()
+            return
+        start = 0
+        for batch in self.store.scan(8192):
+            yield start, batch.vectors
+            start += len(batch)
+
+    def search(
+        self, queries: Vectors, blocks: Blocks, k: int, skip: Mask | None = None
+    ) -> Neighbors:
+        """Search exactly by the index's own metric."""
+        return exact_search(queries, blocks, k, self.info.metric, skip)
+
+    def held(self, split: Split) -> Mask:
+        """Return the rows that act as queries of a split, shape (n,)."""
+        held = np.zeros(len(self.rows), np.bool_)
+        held[getattr(self.judged, "held", {}).get(split, [])] = True
+        return held
+
+    def skipped(self, split: Split) -> Mask | None:
+        """Return the rows that act as queries and so are no results; None where there are none."""
+        held = self.held(split)
+        if split is Split.VALIDATION:
+            held |= self.held(Split.TEST)
+        return held if held.any() else None
+
+    def validate(self, refiner: Refiner, late: Mask | None = None) -> float:
+        """Score a refiner on the validation queries by the chosen measure, higher is better."""
+        judged = self.judged.queries[Split.VALIDATION]
+        found = self.search(
+            refiner(judged.vectors),
+            self.refined_blocks(refiner, late),
+            depth(self.measures[:1], judged),
+            self.skipped(Split.VALIDATION),
+        )
+        return float(score(judged, found.ids, self.measures[:1])[self.measure].mean())
+
+    def through(self, store: VectorStore, queries: Vectors, k: int, lookup: Lookup) -> Positions:
+        """Search through an index as the application does; positions, shape (q, k), -1 for none."""
+        found = store.search(queries, k, self.settings.search_params).ids
+        positions = lookup.find(found.ravel()).reshape(found.shape)
+        return np.where(found >= 0, positions, -1)
+
+    def ann_recall(
+        self, queries: Vectors, exact: Neighbors, found: Positions, refiner: Refiner | None
+    ) -> float:
+        """Return ann_recall@10 of what an index found, against exact neighbours.
+
+        Args:
+            queries: As they were searched, shape (q, d).
+            exact: Exact neighbours, shape (q, 10).
+            found: Positions that the index returned, shape (q, 10).
+            refiner: What the rows of that index went through; None for the index as it is.
+        """
+        places = np.unique(found[found >= 0])
+        if refiner is not None:
+            vectors = refiner.refine_rows(
+                self.rows.take(places), self.rows.ids[places], self.late_when_written[places]
+            )
+        elif self.current is None:
+            vectors = self.rows.take(places)
+        else:
+            vectors = self.store.fetch(self.rows.ids[places])
+        at = np.searchsorted(places, np.maximum(found, places[0] if len(places) else 0))
+        scores = pair_scores(queries[:, None], vectors[at], self.info.metric)
+        return ann_recall(exact, found, scores)
+
+    @property
+    def late_when_written(self) -> Mask:
+        """Rows that no fit saw because they are test queries: written as late rows are."""
+        return self.held(Split.TEST)
+
+
+@contextmanager
+def open_workspace(
+    store: VectorStore, judgments: Judgments, settings: Settings, progress: Progress
+) -> Iterator[Workspace]:
+    """Lock an index's state, read its originals, and place the judgments on them.
+
+    Args:
+        store: The index.
+        judgments: As read from files.
+        settings: What the run is asked to do.
+        progress: Called as rows are read.
+
+    Raises:
+        ConfigError: The index is a refined copy of another one.
+        DataError: The index has fewer than two usable rows, or the judgments do not fit it.
+        JournalError: The state is damaged or in use.
+    """
+    folder = state_folder(store, settings.state)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        past = Journal(folder, store.info())
+        if past.manifest.copy_of is not None:
+            raise ConfigError(
+                f"{store.info().uri} is a refined copy of {past.manifest.copy_of}: a refined "
+                f"vector is never refined again. Refine {past.manifest.copy_of} instead"
+            )
+        if settings.dry_run:
+            if past.manifest.pending is not None:
+                raise ConfigError(
+                    "a run was interrupted while writing; finish it without --dry-run first"
+                )
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="simskip-"))
+            journal = stack.enter_context(Journal(Path(temporary), store.info()))
+        else:
+            journal = stack.enter_context(past)
+            recover(store, journal)
+        rows = snapshot(store, journal, progress, past=past)
+        ledger = Ledger(folder)
+        judged = resolve(
+            judgments,
+            rows,
+            seed=settings.fit.seed,
+            assigned={name: Split(split) for name, split in ledger.splits.items()},
+        )
+        space = Workspace(store, journal, rows, judged, settings)
+        space.ledger = ledger
+        if np.count_nonzero(space.usable) < 2:
+            raise DataError(
+                f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "
+                "not zero; at least 2 are needed"
+            )
+        if not settings.dry_run:
+            ledger.assign({name: split.value for name, split in judged.assigned.items()})
+        space.current = past.manifest.current
+        space.seconds["read"] = time.perf_counter() - start
+        yield space
+
+
+def state_folder(store: VectorStore, override: Path | None) -> Path:
+    """Return where an index's state lives: beside its file, unless told otherwise.
+
+    Raises:
+        ConfigError: The index is no file and no folder was given.
+    """
+    if override is not None:
+        return override
+    if not isinstance(store, FileBacked):
+        raise ConfigError(f"{store.info().uri} is no file; say where its state goes with --state")
+    return store.path.with_name(store.path.name + ".simskip")
+
+
+def _usable(rows: Rows) -> Mask:
+    usable = np.zeros(len(rows), np.bool_)
+    for start, block in rows.blocks():
+        usable[start : start + len(block)] = np.isfinite(block).all(axis=1) & block.any(axis=1)
+    return usable
