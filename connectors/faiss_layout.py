@@ -90,6 +90,7 @@ class Layout:
 
     Attributes:
         root: The index; it owns everything below, so it must live as long.
+        uri: Address, for messages.
         ids: Of the rows in scan order, shape (n,), int64: in the order of an id map; by
             ascending id in an IVF, which survives a rebuild that moves rows to other lists.
         take: Reads the rows at some positions of the scan order, (b,) → (b, d).
@@ -98,6 +99,7 @@ class Layout:
     """
 
     root: Index
+    uri: str
     ids: NDArray[np.int64]
     take: Callable[[Positions], Vectors]
     kind: str
@@ -140,47 +142,31 @@ class Layout:
         setting = self.settings.get(_ALIASES.get(name, name))
         if setting is None:
             known = ", ".join(self.settings) or "none"
-            raise ConfigError(f"{self.kind} has no search parameter '{name}'; it has: {known}")
+            raise ConfigError(
+                f"{self.uri}: {self.kind} has no search parameter '{name}'; it has: {known}"
+            )
         types = int if isinstance(setting.value, int) else (int, float)
         whole = isinstance(value, types) and not isinstance(value, bool)
         if not whole or not 1 <= value < math.inf:  # type: ignore[operator]
-            raise ConfigError(f"the search parameter {name} is a number from 1, not {value!r}")
+            raise ConfigError(f"{self.uri}: {name} is a number from 1, not {value!r}")
         return setting
 
 
-def take_apart(root: Index) -> Layout:
+def take_apart(root: Index, uri: str) -> Layout:
     """Find the rows of an index that was read for reading only.
 
     Args:
         root: What ``faiss.read_index`` returned. An IVF's direct map is replaced by one that
             leads from scan order to the lists, so this index must never be written.
+        uri: Address, for messages.
 
     Raises:
         UnsupportedIndexError: The index cannot be refined; the message says why.
     """
-    body = body_of(root)
-    metric = _METRICS.get(root.metric_type)
-    if metric is None:
-        raise _unsupported(root, "its metric is neither inner product nor L2")
-    kind, details, settings = _name(body), _details(body), _settings(body)
-    storage, ids = _storage(body)
-    positions = bool(np.array_equal(ids, np.arange(body.ntotal)))
-    if type(body) in IVF and not positions:
-        kind += ", custom ids"
-    if body is not root:
-        ids = _mapped_ids(root, body, positions)
-        kind = f"{type(root).__name__.removeprefix('Index')} over {kind}"
-    return Layout(
-        root=root,
-        ids=ids,
-        take=storage.reconstruct_batch,
-        kind=kind,
-        metric=metric,
-        positional=type(root) not in (*ID_MAPS, *IVF),
-        exact=type(storage) is not faiss.IndexScalarQuantizer,
-        settings=settings,
-        details={**details, **{name: setting.value for name, setting in settings.items()}},
-    )
+    try:
+        return _take_apart(root, uri)
+    except UnsupportedIndexError as error:
+        raise UnsupportedIndexError(f"{uri}: {error}") from None
 
 
 def body_of(root: Index) -> Index:
@@ -201,11 +187,37 @@ def is_trained_on_rows(base: Index) -> bool:
     return type(base) not in (*FLAT, faiss.IndexHNSWFlat)
 
 
-def _mapped_ids(root: Index, body: Index, positions: bool) -> NDArray[np.int64]:
+def _take_apart(root: Index, uri: str) -> Layout:
+    body = body_of(root)
+    metric = _METRICS.get(root.metric_type)
+    if metric is None:
+        raise _unsupported(root, "its metric is neither inner product nor L2")
+    kind, details, settings = _name(body), _details(body), _settings(body)
+    storage, ids = _storage(body)
+    if not np.array_equal(ids, np.arange(len(ids))):
+        kind += ", custom ids"
+    if body is not root:
+        ids = _mapped_ids(root, ids)
+        kind = f"{type(root).__name__.removeprefix('Index')} over {kind}"
+    return Layout(
+        root=root,
+        uri=uri,
+        ids=ids,
+        take=storage.reconstruct_batch,
+        kind=kind,
+        metric=metric,
+        positional=type(root) not in (*ID_MAPS, *IVF),
+        exact=type(storage) is not faiss.IndexScalarQuantizer,
+        settings=settings,
+        details={**details, **{name: setting.value for name, setting in settings.items()}},
+    )
+
+
+def _mapped_ids(root: Index, inner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     ids: NDArray[np.int64] = faiss.vector_to_array(root.id_map)
-    if not len(ids) == root.ntotal == body.ntotal:
-        raise _unsupported(root, f"it maps {len(ids)} ids to {body.ntotal} rows")
-    if not positions:
+    if len(ids) != root.ntotal:
+        raise _unsupported(root, f"it maps {len(ids)} ids to {root.ntotal} rows")
+    if not np.array_equal(inner_ids, np.arange(len(ids))):
         raise _unsupported(
             root,
             "its rows are not numbered 0 to n-1 inside (FAISS answers with wrong ids after "

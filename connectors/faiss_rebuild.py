@@ -166,14 +166,10 @@ def _spool_file(path: Path) -> IO[bytes]:
 
 
 def _spool(path: Path, layout: Layout, rows: Iterable[Vectors], file: IO[bytes]) -> Vectors:
-    """Write rows to a file on the way to memory; return a sample of them, all finite.
-
-    For a scalar quantiser two more rows hold every dimension's least and greatest number, so that
-    its ranges cover all rows.
-    """
+    """Write rows to a file on the way to memory; return rows to train on, all finite."""
     base = base_of(body_of(layout.root))
     chosen = _chosen(len(layout), _sample_size(base))
-    sample = np.empty((chosen.sum() + 2, layout.dim), np.float32)
+    sample = np.empty((chosen.sum(), layout.dim), np.float32)
     low = np.full(layout.dim, np.inf, np.float32)
     high = -low
     done = filled = 0
@@ -187,10 +183,25 @@ def _spool(path: Path, layout: Layout, rows: Iterable[Vectors], file: IO[bytes])
         sample[filled : filled + len(here)] = here
         filled += len(here)
         done += len(vectors)
-    if filled and type(base) is faiss.IndexScalarQuantizer:
-        sample[filled : filled + 2] = low, high
-        filled += 2
+    if filled and _goes_by_range(base):
+        return _range(base, low, high)
     return sample[:filled]
+
+
+def _goes_by_range(base: Index) -> bool:
+    is_scalar = type(base) is faiss.IndexScalarQuantizer
+    return is_scalar and bool(base.sq.rangestat == faiss.ScalarQuantizer.RS_minmax)
+
+
+def _range(quantizer: Index, low: Vectors, high: Vectors) -> Vectors:
+    """Return two rows that span all rows, whose codes stay the same where nothing moved.
+
+    FAISS cuts the range into 255 steps, rounds down, and decodes to the middle of a step. Ranges
+    of decoded rows are therefore half a step too high, by which rows would drift at each rewrite.
+    """
+    widths = faiss.vector_to_array(quantizer.sq.trained)[quantizer.d :]
+    spanning: Vectors = np.stack([low, high]) - widths / 255 / 2  # (2, d)
+    return spanning
 
 
 def _sample_size(base: Index) -> int:

@@ -15,6 +15,7 @@ from simskip_vdb.connectors.faiss_rebuild import faiss_call, rebuild
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
+    confirm,
     copy_durably,
     disk_errors,
     give_new_name,
@@ -153,6 +154,7 @@ class FaissStore:
                 unchanged(self._path, self._identity)
                 swap_in(temporary, self._path)
         self._open()
+        confirm(self._path)
 
     def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
         """Write the rewritten index to a new file; see `FileBacked.write_copy`."""
@@ -163,6 +165,7 @@ class FaissStore:
             with disk_errors(output):
                 temporary.chmod(self._path.stat().st_mode & 0o777)
             give_new_name(temporary, output)
+        confirm(output)
 
     def put_back(self, kept: Path, *, expected: str) -> None:
         """Swap a kept file back; see `FileBacked.put_back`.
@@ -183,6 +186,7 @@ class FaissStore:
             unchanged(self._path, self._identity, expected)
             swap_in(temporary, self._path)
         self._open()
+        confirm(self._path)
 
     @property
     def _uri(self) -> str:
@@ -198,7 +202,8 @@ class FaissStore:
             self._identity = Identity.of(path)
             path.open("rb").close()
         with faiss_call(path, "this is not a FAISS index that can be read"):
-            self._layout: Layout = take_apart(_read_mapped(path, self._identity.size))
+            root = _read_mapped(path, self._identity.size)
+            self._layout: Layout = take_apart(root, self._uri)
         self._rows = RowOrder(self._layout.ids, self._uri)
 
     def _writable(self) -> None:

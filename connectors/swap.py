@@ -130,7 +130,7 @@ def unchanged(path: Path, identity: Identity, expected: str | None = None) -> No
 
 @contextmanager
 def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
-    """Keep a file under a second name; drop that name again if the block fails.
+    """Keep a file under a second name; drop that name again if the block does not replace it.
 
     A name left by a killed run is taken over if its bytes are the expected ones.
 
@@ -141,6 +141,8 @@ def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
         yield
         return
     made = not keep.exists()
+    with disk_errors(path):
+        old = Identity.of(path)
     if made:
         with disk_errors(keep):
             _link_or_copy(path, keep)
@@ -149,8 +151,9 @@ def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if made:
-            with suppress(OSError):
+        # An interrupt can arrive after the swap, when this name is the only one left.
+        with suppress(OSError):
+            if made and Identity.of(path) == old:
                 keep.unlink()
         raise
 
@@ -180,7 +183,6 @@ def swap_in(temporary: Path, path: Path) -> None:
     """
     with disk_errors(path):
         os.replace(temporary, path)
-        make_durable(path.parent)
 
 
 def give_new_name(temporary: Path, output: Path) -> None:
@@ -196,4 +198,18 @@ def give_new_name(temporary: Path, output: Path) -> None:
             raise StoreError(f"{output}: exists already; choose another name") from None
         except OSError:
             os.replace(temporary, output)
-        make_durable(output.parent)
+
+
+def confirm(path: Path) -> None:
+    """Make a file's new name durable.
+
+    Raises:
+        StoreError: The disk failed; the name is there, but may not survive a power cut.
+    """
+    try:
+        make_durable(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path}: the new file is in place, but the disk did not confirm it: "
+            f"{error.strerror or error}. Check the disk"
+        ) from error

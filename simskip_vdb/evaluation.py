@@ -59,7 +59,8 @@ def parse_measures(names: Sequence[str]) -> tuple[str, ...]:
         names: Such as ``nDCG@10``, ``R@100``, ``RR@10``, ``Success@5``, ``P@10``, ``Rprec``.
 
     Raises:
-        ConfigError: A name is no measure, or nothing installed computes it.
+        ConfigError: A name is no measure, its cutoff is not 1 to `DEEPEST`, or nothing installed
+            computes it.
         MissingDependencyError: ir_measures is not installed.
     """
     return tuple(dict.fromkeys(str(_checked(name)) for name in names))
@@ -73,16 +74,15 @@ def depth(measures: Sequence[str], judged: JudgedQueries) -> int:
         judged: The queries; Rprec looks as deep as their largest number of relevant rows.
 
     Raises:
-        ConfigError: A measure looks deeper than `DEEPEST`.
+        ConfigError: Rprec would look deeper than `DEEPEST`.
     """
-    wanted = {name: _depth(_parse(name), judged) for name in measures}
-    for name, rows in wanted.items():
-        if rows > DEEPEST:
-            raise ConfigError(
-                f"measure {name} needs {rows} rows for a query, more than {DEEPEST}; choose one "
-                "with a smaller cutoff, such as P@10"
-            )
-    return max(wanted.values(), default=0)
+    wanted = max((_depth(_parse(name), judged) for name in measures), default=0)
+    if wanted > DEEPEST:
+        raise ConfigError(
+            f"Rprec needs as many rows as a query has relevant ones, here {wanted}, and at most "
+            f"{DEEPEST} are searched; choose a measure with a cutoff, such as P@10"
+        )
+    return wanted
 
 
 def score(judged: JudgedQueries, ranked: Positions, measures: Sequence[str]) -> dict[str, Scores]:
@@ -218,13 +218,18 @@ def _depth(measure: Any, judged: JudgedQueries) -> int:  # noqa: ANN401 - ir_mea
 
 def _checked(name: str) -> Any:  # noqa: ANN401
     package = _ir_measures()
-    examples = "such as nDCG@10, R@100, RR@10, Success@5, P@10 or Rprec"
     try:
         measure = _parse(name)
-        list(package.iter_calc([measure], {"q": {"a": 1}}, {"q": {"a": 1.0}}))
+        # trec_eval crashes the process on a cutoff of 0.
+        if not 1 <= measure.params.get("cutoff", 1) <= DEEPEST:
+            raise ValueError(f"the cutoff is not 1 to {DEEPEST}")
+        list(package.iter_calc([measure], {"q": {"a": 1, "b": 0}}, {"q": {"b": 2, "a": 1}}))
     except Exception as error:
-        # ir_measures raises NameError, SyntaxError, ValueError and more for bad names.
-        raise ConfigError(f"measure {name!r} cannot be computed; name one {examples}") from error
+        # ir_measures raises NameError, SyntaxError, AssertionError and more for bad names.
+        raise ConfigError(
+            f"measure {name!r} cannot be computed ({error}); name one such as nDCG@10, R@100, "
+            "RR@10, Success@5, P@10 or Rprec"
+        ) from error
     return measure
 
 

@@ -234,9 +234,7 @@ def neighbour_pairs(
     )
 
 
-def nearest(
-    queries: Vectors, vectors: Vectors, rows: Positions, k: int, device: str
-) -> Positions:
+def nearest(queries: Vectors, vectors: Vectors, rows: Positions, k: int, device: str) -> Positions:
     """Find each query's nearest rows by cosine, exactly, in bounded memory.
 
     Args:

@@ -134,7 +134,7 @@ def refine(
         if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
             report = _report(space, "refine", refiner, folder, None)
             note = "the index holds exactly this refinement already; nothing to do"
-            return replace(report, notes=(note,), written=_written(Written.none()))
+            return replace(report, notes=(note,), written=_written(Written.none(), None))
         if refiner.is_identity:
             measured = measure(space, refiner, Split.VALIDATION)
             decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))

@@ -12,6 +12,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.store import VectorStore
 
+SCAN_ROWS = 8192
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
 
 
@@ -34,19 +35,19 @@ class OurRows:
     """Tells rows that we wrote from rows that the application wrote since.
 
     A row is ours where its digest is the one that we read back after writing. Where ids are
-    positions they shift as rows are removed, so the digest alone decides. A vector that differs
+    positions they shift as rows are removed; then the digest alone decides. A vector that differs
     only by what half precision does to it, and is not where its original was, was refined too: it
     must not be taken for an original.
     """
 
-    def __init__(self, journal: Journal, write: Write, *, by_vector: bool) -> None:
+    def __init__(self, journal: Journal, write: Write, store: VectorStore) -> None:
         assert write.written is not None
         self._rows = journal.open_originals()
         self._ids, self._digests = journal.open_written(write.written)
         self._place = Lookup(self._rows.ids)
         self._written = Lookup(self._ids)
         self._order = np.argsort(self._digests, kind="stable")
-        self._by_vector = by_vector
+        self._by_vector = store.info().positional and self._shifted(store)
         self._refiner = Refiner.load(journal.refiners / write.refiner)
 
     @classmethod
@@ -55,24 +56,36 @@ class OurRows:
         current = journal.manifest.current
         if current is None:
             return None
-        return cls(journal, current, by_vector=store.info().positional)
+        return cls(journal, current, store)
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, NDArray[np.bool_]]:
         """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,)."""
         digests = row_digests(batch.vectors)
-        written = self._written.find(batch.ids)
-        ours = (written >= 0) & (self._digests[written] == digests)
         if self._by_vector:
-            lost = np.flatnonzero(~ours)
-            written[lost] = self._find_by_digest(digests[lost])
-            ours[lost] = written[lost] >= 0
+            written = self._find_by_digest(digests)
+            ours = written >= 0
         else:
+            written = self._written.find(batch.ids)
+            ours = (written >= 0) & (self._digests[written] == digests)
             doubtful = np.flatnonzero((written >= 0) & ~ours)
             ours[doubtful] = self._rounded(batch.vectors[doubtful], batch.ids[doubtful])
         vectors = batch.vectors.copy()
         if ours.any():
             vectors[ours] = self._rows.take(self._place.find(self._ids[written[ours]]))
         return vectors, ours
+
+    def _shifted(self, store: VectorStore) -> bool:
+        """Tell whether any row is elsewhere than where we wrote it."""
+        if store.info().count < len(self._ids):
+            return True
+        digests = self._digests[np.argsort(self._ids)]
+        start = 0
+        for batch in store.scan(SCAN_ROWS):
+            ours = digests[start : start + len(batch)]
+            if (row_digests(batch.vectors)[: len(ours)] != ours).any():
+                return True
+            start += len(batch)
+        return False
 
     def _rounded(self, vectors: Vectors, ids: Ids) -> NDArray[np.bool_]:
         originals = self._rows.take(self._place.find(ids))

@@ -14,14 +14,13 @@ import numpy as np
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError, VerificationError
 from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.provenance import Lookup, OurRows, near
+from simskip_vdb.provenance import SCAN_ROWS, Lookup, OurRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import Check, FileBacked, VectorStore
 
 log = logging.getLogger(__name__)
 
-SCAN_ROWS = 8192
 LOSSY_ERROR = 0.05  # relative L2 error that a lossy code (SQ8 about .008) may have when read back
 
 Refine = Callable[[int, Vectors], Vectors]
@@ -86,7 +85,7 @@ def recover(store: VectorStore, journal: Journal) -> None:
         happened = _count_rows(store, after) > _count_rows(store, before)
     log.warning(
         "a run was interrupted while writing %s: %s",
-        journal.manifest.index,
+        store.info().uri,
         "the new file was in place" if happened else "the file had not been touched",
     )
     journal.settle(happened=happened)
@@ -289,7 +288,7 @@ def _undoing(current: Write, before: str, after: str) -> Write:
 def _restore_rows(
     store: VectorStore, journal: Journal, current: Write, now: str, progress: Progress
 ) -> tuple[int, int]:
-    ours = OurRows(journal, current, by_vector=store.info().positional)
+    ours = OurRows(journal, current, store)
     total = store.info().count
     counts = np.zeros(2, np.int64)  # restored, left
 

@@ -136,12 +136,13 @@ def hold_out(
     """
     names = [row_name(row_id) for row_id in row_ids.tolist()]
     drawn = unit_hash(names, seed)
-    eligible = groups >= 0
-    order = np.lexsort((drawn, groups))
-    eligible[order[np.flatnonzero(np.diff(groups[order], append=-2))]] = False
     before = {i: assigned[name] for i, name in enumerate(names) if name in assigned}
-    fresh = eligible.copy()
+    fresh = np.ones(len(names), np.bool_)
     fresh[list(before)] = False
+    order = np.lexsort((drawn, fresh, groups))
+    eligible = groups >= 0
+    eligible[order[np.flatnonzero(np.diff(groups[order], append=-2))]] = False
+    fresh &= eligible
     held = {}
     for number, split in enumerate((Split.VALIDATION, Split.TEST)):
         if split not in splits:

@@ -35,7 +35,7 @@ class StoreContract:
     """What every `VectorStore` keeps.
 
     Attributes:
-        metrics: Metrics that the store knows; the others are skipped.
+        metrics: Metrics that the store knows.
         positional: True where ids are positions.
         exact: True where vectors are read back bit for bit.
         tolerance: Largest error of a number that is read back, where `exact` is false.
@@ -60,13 +60,10 @@ class StoreContract:
         """Read all rows in scan order without the code under test."""
         raise NotImplementedError
 
-    @pytest.fixture(params=Metric, ids=lambda metric: metric.value)
-    def metric(self, request: pytest.FixtureRequest) -> Metric:
-        """Go through the metrics."""
-        metric: Metric = request.param
-        if metric not in self.metrics:
-            pytest.skip(f"the store does not know {metric.value}")
-        return metric
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Go through the metrics that the store knows."""
+        if "metric" in metafunc.fixturenames:
+            metafunc.parametrize("metric", self.metrics, ids=lambda metric: metric.value)
 
     @pytest.fixture
     def ids(self) -> Ids:
@@ -250,9 +247,13 @@ class StoreContract:
 
     def test_errors_name_the_store(self, store: VectorStore) -> None:
         """A person can tell which store an error is about."""
+        uri = store.info().uri
         with pytest.raises(SimskipError) as error:
-            store.scan(7, fields=["no such field"])
-        assert store.info().uri in str(error.value)
+            list(store.scan(7, fields=["no such field"]))
+        assert uri in str(error.value)
+        with pytest.raises(SimskipError) as error:
+            store.search(np.zeros((1, self.dim), np.float32), 3, {"no_such_parameter": 1})
+        assert uri in str(error.value)
 
     def _assert_holds(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
         for read_ids, read in (self.raw_rows(store), _together(store.scan(7))):

@@ -163,7 +163,9 @@ def _train(
     late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
     offset_rows = np.empty(0, dtype=np.int64)
     if settings.offsets:
-        touched = rows if signal is not Signal.JUDGED else np.union1d(pairs.positives(anchors, rng), hard)
+        touched = (
+            rows if signal is not Signal.JUDGED else np.union1d(pairs.positives(anchors, rng), hard)
+        )
         offset_rows = touched[~late[touched]]
     slot_of = np.full(n, len(offset_rows))
     slot_of[offset_rows] = np.arange(len(offset_rows))
@@ -188,7 +190,11 @@ def _train(
         columns = rows
         if full:
             column_of[columns] = np.arange(len(columns))
-        raw_all = F.normalize(torch.as_tensor(_take(problem.vectors, columns), device=device), dim=1) if full else None
+        raw_all = (
+            F.normalize(torch.as_tensor(_take(problem.vectors, columns), device=device), dim=1)
+            if full
+            else None
+        )
         order = np.empty(0, dtype=np.int64)
         snapshots = []
         for step in range(1, settings.steps + 1):
@@ -201,10 +207,14 @@ def _train(
                 more = rng.choice(rows, max(settings.columns - len(must), 0), replace=False)
                 columns = np.union1d(must, more)
                 column_of[columns] = np.arange(len(columns))
-                raw = F.normalize(torch.as_tensor(_take(problem.vectors, columns), device=device), dim=1)
+                raw = F.normalize(
+                    torch.as_tensor(_take(problem.vectors, columns), device=device), dim=1
+                )
             else:
                 raw = raw_all
-            queries = F.normalize(torch.as_tensor(_take(pairs.anchors, batch), device=device), dim=1)
+            queries = F.normalize(
+                torch.as_tensor(_take(pairs.anchors, batch), device=device), dim=1
+            )
             raw_queries = queries
             targets = pairs.targets(batch, column_of)
             f.train()
@@ -229,13 +239,22 @@ def _train(
                 torch.as_tensor(targets.weight, device=device),
                 ignore,
             )
+            if settings.nca:
+                pm = torch.zeros_like(ignore).index_put((torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)), torch.tensor(True))
+                pos = scores.masked_fill(~pm, -torch.inf).logsumexp(1)
+                neg = scores.masked_fill(pm | ignore, -torch.inf).logsumexp(1)
+                loss = (1 - settings.nca) * loss + settings.nca * F.softplus(neg - pos).mean()
             if settings.distil and len(unjudged):
                 source = rng.choice(len(targets.anchor), len(batch))
                 residual = raw_queries[targets.anchor[source]] - raw[targets.column[source]]
                 base = rng.choice(unjudged, len(batch))
-                base_rows = raw[column_of[base]] if full else F.normalize(torch.as_tensor(_take(problem.vectors, base)), dim=1)
+                base_rows = (
+                    raw[column_of[base]]
+                    if full
+                    else F.normalize(torch.as_tensor(_take(problem.vectors, base)), dim=1)
+                )
                 pseudo = F.normalize(base_rows + residual, dim=1)
-                loss = loss + settings.distil * distillation(
+                loss = loss + settings.distil * len(unjudged) / len(rows) * distillation(
                     pseudo @ keys.T / settings.temperature, pseudo @ raw.T / settings.temperature
                 )
             if settings.decay_offsets:

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import faiss
 import numpy as np
 
 from simskip_vdb.datatypes import Ids, Metric, Vectors
+
+Index: TypeAlias = Any
+
+# Two OpenMP runtimes on few cores wait for each other.
+faiss.omp_set_num_threads(1)
 
 FAISS_METRIC = {Metric.DOT: faiss.METRIC_INNER_PRODUCT, Metric.EUCLID: faiss.METRIC_L2}
 EVERY_LIST = {"nprobe": 4}
@@ -68,16 +73,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def ivf_of(index: Any) -> Any:
-    """Return the IVF inside, or None."""
-    if isinstance(index, faiss.IndexIDMap):
-        index = faiss.downcast_index(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        index = faiss.downcast_index(index.base_index)
-    return index if isinstance(index, faiss.IndexIVF) else None
-
-
-def make_index(kind: Kind, ids: Ids, vectors: Vectors, metric: Metric) -> Any:
+def make_index(kind: Kind, ids: Ids, vectors: Vectors, metric: Metric) -> Index:
     """Build an index as an application does."""
     index = faiss.index_factory(vectors.shape[1], kind.factory, FAISS_METRIC[metric])
     _be_quiet(index)
@@ -91,12 +87,12 @@ def make_index(kind: Kind, ids: Ids, vectors: Vectors, metric: Metric) -> Any:
     return index
 
 
-def write(index: Any, path: Path) -> Path:
+def write(index: Index, path: Path) -> Path:
     faiss.write_index(index, str(path))
     return path
 
 
-def read(path: Path) -> Any:
+def read(path: Path) -> Index:
     return faiss.read_index(str(path))
 
 
@@ -132,7 +128,7 @@ def rows_by_faiss(path: Path) -> tuple[Ids, Vectors]:
     return np.arange(len(vectors)) if ids is None else ids, vectors
 
 
-def _be_quiet(index: Any) -> None:
+def _be_quiet(index: Index) -> None:
     """Keep FAISS from warning about few rows, which it prints past Python."""
     inner = index
     while inner is not None:

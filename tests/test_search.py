@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ def slow_score(query: Vectors, row: Vectors, metric: Metric) -> float:
     dot = sum(a * b for a, b in zip(q, r, strict=True))
     if metric is Metric.DOT:
         return dot
-    return dot / (sum(a * a for a in q) ** 0.5 * sum(b * b for b in r) ** 0.5)
+    return dot / math.sqrt(sum(a * a for a in q) * sum(b * b for b in r))
 
 
 def slow_search(queries: Vectors, rows: Vectors, k: int, metric: Metric) -> Neighbors:
@@ -59,7 +60,8 @@ def test_finds_what_a_loop_finds(metric: Metric, n: int, k: int, size: int) -> N
     )
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
-    assert (found.ids.dtype, found.scores.dtype) == (np.int64, np.float32)
+    assert found.ids.dtype == np.int64
+    assert found.scores.dtype == np.float32
 
 
 # Small integers make ties, zero rows and duplicates common, and every sum exact.
@@ -73,8 +75,12 @@ def cases(draw: Any) -> tuple[Vectors, Vectors, int, int, Metric]:  # noqa: ANN4
     rows = np.array(draw(st.lists(row, min_size=1, max_size=40)), np.float32)
     query = row.filter(any)
     queries = np.array(draw(st.lists(query, min_size=1, max_size=4)), np.float32)
-    return queries, rows, draw(st.integers(1, 45)), draw(st.integers(1, 41)), draw(
-        st.sampled_from(METRICS)
+    return (
+        queries,
+        rows,
+        draw(st.integers(1, 45)),
+        draw(st.integers(1, 41)),
+        draw(st.sampled_from(METRICS)),
     )
 
 
@@ -97,7 +103,7 @@ def test_blocks_of_any_size_give_the_same_with_ties_by_position(
 def test_duplicates_stay_in_order_whatever_the_blocks(metric: Metric, dim: int) -> None:
     # Matrix products of different shapes round the same row differently.
     rows = np.tile(random(2, 40, dim), (60, 1))
-    queries = random(3, 300, dim)
+    queries = random(3, 30, dim)
     expected = exact_search(queries, [(0, rows)], 130, metric)
     pattern = expected.ids[:, :60]
     assert (np.diff(pattern, axis=1) == 40).all()

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from builders import change, flat, ivf, random_refiner
+
+from simskip_vdb.connectors.faiss_store import FaissStore
+from simskip_vdb.datatypes import Ids, Vectors
+from simskip_vdb.durable import sha256_of
+from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreChangedError
+from simskip_vdb.journal import Journal
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.reindex import RolledBack, Written, recover, rollback, snapshot, write
+from simskip_vdb.store import VectorStore
+
+N, D = 600, 12
+
+
+@dataclass
+class Desk:
+    """An index with its state, and the vectors that were in it at first."""
+
+    path: Path
+    ids: Ids
+    vectors: Vectors
+
+    @property
+    def state(self) -> Path:
+        return self.path.with_name(self.path.name + ".simskip")
+
+    def refine(self, refiner: Refiner, accept: object = None) -> Written:
+        store = FaissStore(self.path)
+        with Journal(self.state, store.info()) as journal:
+            recover(store, journal)
+            refiner.save(journal.refiners / refiner.id)
+            rows = snapshot(store, journal)
+            return write(
+                store,
+                rows,
+                lambda start, x: refiner.refine_rows(x, rows.ids[start : start + len(x)]),
+                journal=journal,
+                refiner=refiner,
+                accept=accept or (lambda candidate: None),  # type: ignore[arg-type]
+                summary={"side": "docs"},
+            )
+
+    def rollback(self) -> RolledBack:
+        store = FaissStore(self.path)
+        with Journal(self.state, store.info()) as journal:
+            recover(store, journal)
+            return rollback(store, journal)
+
+    def read(self) -> dict[int, Vectors]:
+        store = FaissStore(self.path)
+        batches = list(store.scan(100))
+        return {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
+
+    def holds(self, expected: dict[int, Vectors]) -> bool:
+        rows = self.read()
+        return rows.keys() == expected.keys() and all(
+            np.array_equal(rows[i], expected[i]) for i in rows
+        )
+
+    def originals(self) -> dict[int, Vectors]:
+        return dict(zip(self.ids.tolist(), self.vectors, strict=True))
+
+    def refined(self, refiner: Refiner) -> dict[int, Vectors]:
+        moved = refiner.refine_rows(self.vectors, self.ids)
+        return dict(zip(self.ids.tolist(), moved, strict=True))
+
+
+@pytest.fixture(params=["ivf", "flat"])
+def desk(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator) -> Desk:
+    vectors = rng.normal(size=(N, D)).astype(np.float32)
+    if request.param == "flat":
+        return Desk(flat(tmp_path / "x.faiss", vectors), np.arange(N), vectors)
+    ids = np.sort(rng.choice(10**9, N, replace=False))
+    return Desk(ivf(tmp_path / "x.faiss", ids, vectors), ids, vectors)
+
+
+@pytest.fixture
+def by_id(tmp_path: Path, rng: np.random.Generator) -> Desk:
+    vectors = rng.normal(size=(N, D)).astype(np.float32)
+    ids = np.sort(rng.choice(10**9, N, replace=False))
+    return Desk(ivf(tmp_path / "x.faiss", ids, vectors), ids, vectors)
+
+
+@pytest.fixture
+def by_position(tmp_path: Path, rng: np.random.Generator) -> Desk:
+    vectors = rng.normal(size=(N, D)).astype(np.float32)
+    return Desk(flat(tmp_path / "x.faiss", vectors), np.arange(N), vectors)
+
+
+def near(a: dict[int, Vectors], b: dict[int, Vectors]) -> bool:
+    return a.keys() == b.keys() and all(np.allclose(a[i], b[i], atol=1e-6) for i in a)
+
+
+def test_rows_are_refined_and_restored_to_the_byte(desk: Desk) -> None:
+    before = sha256_of(desk.path)
+    refiner = random_refiner(D, desk.ids)
+    written = desk.refine(refiner)
+    assert written == Written(rows=N, skipped=0, mode="in-place")
+    assert near(desk.read(), desk.refined(refiner))
+    done = desk.rollback()
+    assert done.exact
+    assert done.fingerprint == before == sha256_of(desk.path)
+
+
+def test_nothing_is_refined_twice(desk: Desk) -> None:
+    refiner = random_refiner(D, desk.ids)
+    desk.refine(refiner)
+    once = desk.read()
+    desk.refine(refiner)
+    assert near(desk.read(), once)
+    other = random_refiner(D, desk.ids, seed=1)
+    before = desk.refined(other)
+    desk.refine(other)
+    assert near(desk.read(), before)
+    assert desk.rollback().exact
+    assert desk.holds(desk.originals())
+
+
+def test_the_original_file_is_kept_over_several_refinements(desk: Desk) -> None:
+    before = sha256_of(desk.path)
+    for seed in range(3):
+        desk.refine(random_refiner(D, desk.ids, seed))
+    assert desk.rollback().fingerprint == before
+
+
+def test_rollback_leaves_no_copies_behind(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    desk.rollback()
+    left = {path.name.split("-")[0] for path in desk.state.iterdir()}
+    assert left <= {"manifest.json", "lock", "refiners"}
+
+
+def test_there_is_nothing_to_roll_back_twice(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    desk.rollback()
+    with pytest.raises(ConfigError, match="nothing to roll back"):
+        desk.rollback()
+
+
+def test_a_refused_candidate_changes_nothing(desk: Desk) -> None:
+    class Refused(Exception):
+        pass
+
+    def refuse(candidate: VectorStore) -> None:
+        assert candidate.info().count == N
+        raise Refused
+
+    before, names = sha256_of(desk.path), {p.name for p in desk.path.parent.iterdir()}
+    with pytest.raises(Refused):
+        desk.refine(random_refiner(D, desk.ids), refuse)
+    assert sha256_of(desk.path) == before
+    assert {p.name for p in desk.path.parent.iterdir()} == names | {desk.state.name}
+    assert not list(desk.state.glob("originals*"))
+    assert not list(desk.state.glob("kept*"))
+
+
+def test_rows_added_since_stay_when_rolled_back(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    new = np.random.default_rng(5).normal(size=(3, D)).astype(np.float32)
+    new_ids = np.arange(N, N + 3) if desk.ids[0] == 0 else np.array([7, 8, 9])
+
+    def add(index: faiss.Index) -> None:
+        index.add(new) if desk.ids[0] == 0 else index.add_with_ids(new, new_ids)
+
+    change(desk.path, add)
+    done = desk.rollback()
+    assert (done.exact, done.restored, done.kept) == (False, N, 3)
+    assert desk.holds(desk.originals() | dict(zip(new_ids.tolist(), new, strict=True)))
+
+
+def test_a_newer_write_of_the_application_wins(by_id: Desk) -> None:
+    by_id.refine(random_refiner(D, by_id.ids))
+    mine = np.full((1, D), 0.5, np.float32)
+
+    def overwrite(index: faiss.Index) -> None:
+        index.remove_ids(by_id.ids[:2])
+        index.add_with_ids(mine, by_id.ids[:1])
+
+    change(by_id.path, overwrite)
+    done = by_id.rollback()
+    assert (done.exact, done.restored, done.kept) == (False, N - 2, 1)
+    expected = by_id.originals()
+    del expected[int(by_id.ids[1])]
+    expected[int(by_id.ids[0])] = mine[0]
+    assert by_id.holds(expected)
+
+
+def test_a_second_refinement_takes_new_rows_as_originals(by_id: Desk) -> None:
+    by_id.refine(random_refiner(D, by_id.ids))
+    new = np.random.default_rng(5).normal(size=(4, D)).astype(np.float32)
+    change(by_id.path, lambda index: index.add_with_ids(new, np.arange(4)))
+    grown = Desk(
+        by_id.path, np.concatenate([np.arange(4), by_id.ids]), np.concatenate([new, by_id.vectors])
+    )
+    refiner = random_refiner(D, grown.ids, seed=2)
+    grown.refine(refiner)
+    assert near(grown.read(), grown.refined(refiner))
+    done = grown.rollback()
+    assert (done.exact, done.restored) == (False, N + 4)
+    assert grown.holds(grown.originals())
+
+
+def test_positions_that_shifted_are_matched_by_vector(by_position: Desk) -> None:
+    by_position.refine(random_refiner(D, by_position.ids))
+    change(by_position.path, lambda index: index.remove_ids(np.array([0, 5, 300])))
+    done = by_position.rollback()
+    assert (done.exact, done.restored, done.kept) == (False, N - 3, 0)
+    left = np.delete(by_position.vectors, [0, 5, 300], axis=0)
+    assert by_position.holds(dict(enumerate(left)))
+
+
+def test_ambiguous_positions_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    vectors = rng.normal(size=(50, D)).astype(np.float32)
+    desk = Desk(flat(tmp_path / "x.faiss", vectors), np.arange(50), vectors)
+    target = np.ones(D, np.float32)
+    refiner = random_refiner(D, desk.ids)
+    store = FaissStore(desk.path)
+    with Journal(desk.state, store.info()) as journal:
+        refiner.save(journal.refiners / refiner.id)
+        rows = snapshot(store, journal)
+        write(  # two different originals become one vector
+            store,
+            rows,
+            lambda start, x: np.concatenate([np.stack([target, target]), x[2:]]),
+            journal=journal,
+            refiner=refiner,
+            accept=lambda candidate: None,
+            summary={},
+        )
+    change(desk.path, lambda index: index.remove_ids(np.array([0])))
+    kept = sha256_of(desk.path)
+    with pytest.raises(JournalError, match="which is whose cannot be told"):
+        desk.rollback()
+    assert sha256_of(desk.path) == kept
+
+
+def test_refined_vectors_that_were_rounded_are_not_taken_for_originals(by_id: Desk) -> None:
+    refiner = random_refiner(D, by_id.ids)
+    by_id.refine(refiner)
+    rounded = np.stack([by_id.read()[int(i)] for i in by_id.ids]).astype(np.float16)
+
+    def save_in_half_precision(index: faiss.Index) -> None:
+        index.reset()
+        index.add_with_ids(rounded.astype(np.float32), by_id.ids)
+
+    change(by_id.path, save_in_half_precision)
+    by_id.refine(refiner)
+    assert near(by_id.read(), by_id.refined(refiner))
+
+
+def test_duplicate_ids_are_refused_before_anything_is_written(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    vectors = rng.normal(size=(40, D)).astype(np.float32)
+    ids = np.arange(40)
+    ids[3] = ids[30]
+    desk = Desk(ivf(tmp_path / "x.faiss", ids, vectors), ids, vectors)
+    before = sha256_of(desk.path)
+    with pytest.raises(DataError, match="such as 30"):
+        desk.refine(random_refiner(D, np.unique(ids)))
+    assert sha256_of(desk.path) == before
+
+
+def test_a_file_that_changes_meanwhile_is_not_overwritten(desk: Desk) -> None:
+    def meddle(candidate: VectorStore) -> None:
+        change(desk.path, lambda index: index.remove_ids(desk.ids[:1]))
+
+    with pytest.raises(StoreChangedError):
+        desk.refine(random_refiner(D, desk.ids), meddle)
+    assert FaissStore(desk.path).info().count == N - 1
+    with Journal(desk.state, FaissStore(desk.path).info()) as journal:
+        recover(FaissStore(desk.path), journal)
+        assert journal.manifest.current is None
+
+
+@pytest.mark.parametrize("victim", ["originals-*", "written-*", "kept-*"])
+def test_damaged_state_is_named_and_not_used(desk: Desk, victim: str) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    (file,) = desk.state.glob(victim)
+    kept_sha = sha256_of(desk.path)
+    if victim != "kept-*":  # so that rows must be matched
+        change(desk.path, lambda index: index.remove_ids(desk.ids[:1]))
+        kept_sha = sha256_of(desk.path)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(JournalError, match=file.name):
+        desk.rollback()
+    assert sha256_of(desk.path) == kept_sha
+    file.unlink()
+    with pytest.raises(JournalError, match="is missing"):
+        desk.rollback()
+
+
+def test_state_of_another_index_is_refused(desk: Desk, tmp_path: Path) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    other = flat(tmp_path / "other.faiss", np.ones((3, D + 1), np.float32))
+    with pytest.raises(JournalError, match="another index"):
+        Journal(desk.state, FaissStore(other).info())
+
+
+def test_a_newer_schema_is_refused(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    manifest = desk.state / "manifest.json"
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**data, "schema": 99}))
+    with pytest.raises(JournalError, match="schema 99"):
+        desk.rollback()
+
+
+def test_two_runs_at_once_step_aside(desk: Desk) -> None:
+    info = FaissStore(desk.path).info()
+    with (
+        Journal(desk.state, info),
+        pytest.raises(JournalError, match="another run"),
+        Journal(desk.state, info),
+    ):
+        pass
