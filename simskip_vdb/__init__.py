@@ -3,7 +3,8 @@
     import simskip_vdb as ss
 
     store = ss.open_store("faiss:products.faiss")
-    judgments = ss.read_judgments(queries="q.npy", query_ids="q.txt", qrels="qrels.tsv")
+    files = ss.JudgmentFiles(queries="q.npy", query_ids="q.txt", qrels="qrels.tsv")
+    judgments = ss.read_judgments(files)
     report = ss.refine(store, judgments)
 
 Nothing heavy is imported before it is used.
@@ -16,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from simskip_vdb.config import FitSettings as FitSettings
     from simskip_vdb.connectors import open_store as open_store
     from simskip_vdb.judgments import JudgmentFiles as JudgmentFiles
+    from simskip_vdb.judgments import Judgments as Judgments
     from simskip_vdb.judgments import read_judgments as read_judgments
     from simskip_vdb.pipeline import Settings as Settings
     from simskip_vdb.pipeline import evaluate as evaluate
@@ -29,7 +32,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "open_store": "connectors",
+    "FitSettings": "config",
     "JudgmentFiles": "judgments",
+    "Judgments": "judgments",
     "read_judgments": "judgments",
     "Settings": "pipeline",
     "evaluate": "pipeline",

@@ -49,6 +49,7 @@ class FitSettings:
     raw_share: float = 0.3
     distil: float = 0.0
     nca: float = 0.0
+    focus: float = 0.0
     hard: int = 16
     offsets: bool = True
     checkpoints: int = 4

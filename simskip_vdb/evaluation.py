@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ DEEPEST = 10_000
 
 Scores = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Measure = Any
+"""A measure of ir_measures, which has no types."""
 
 
 def parse_measures(names: Sequence[str]) -> tuple[str, ...]:
@@ -206,7 +209,7 @@ def _qrels(judged: JudgedQueries) -> dict[str, dict[str, int]]:
     }
 
 
-def _depth(measure: Any, judged: JudgedQueries) -> int:  # noqa: ANN401 - ir_measures has no types
+def _depth(measure: Measure, judged: JudgedQueries) -> int:
     cutoff = measure.params.get("cutoff")
     if cutoff is not None:
         return int(cutoff)
@@ -216,7 +219,7 @@ def _depth(measure: Any, judged: JudgedQueries) -> int:  # noqa: ANN401 - ir_mea
     return UNCUT_DEPTH
 
 
-def _checked(name: str) -> Any:  # noqa: ANN401
+def _checked(name: str) -> Measure:
     package = _ir_measures()
     try:
         measure = _parse(name)
@@ -233,11 +236,11 @@ def _checked(name: str) -> Any:  # noqa: ANN401
     return measure
 
 
-def _parse(name: str) -> Any:  # noqa: ANN401
+def _parse(name: str) -> Measure:
     return _ir_measures().parse_measure(name)
 
 
-def _ir_measures() -> Any:  # noqa: ANN401
+def _ir_measures() -> ModuleType:
     try:
         import ir_measures
     except ImportError as error:

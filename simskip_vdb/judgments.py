@@ -34,19 +34,19 @@ Grade 0 means judged not relevant; negative grades count as 0."""
 class JudgmentFiles:
     """The files that hold judgments, by the names of their options; all may be left out."""
 
-    queries: Path | None = None
-    query_ids: Path | None = None
-    qrels: Path | None = None
-    doc_ids: Path | None = None
-    labels: Path | None = None
-    dev_queries: Path | None = None
-    dev_query_ids: Path | None = None
-    dev_qrels: Path | None = None
-    dev_labels: Path | None = None
-    test_queries: Path | None = None
-    test_query_ids: Path | None = None
-    test_qrels: Path | None = None
-    test_labels: Path | None = None
+    queries: Path | str | None = None
+    query_ids: Path | str | None = None
+    qrels: Path | str | None = None
+    doc_ids: Path | str | None = None
+    labels: Path | str | None = None
+    dev_queries: Path | str | None = None
+    dev_query_ids: Path | str | None = None
+    dev_qrels: Path | str | None = None
+    dev_labels: Path | str | None = None
+    test_queries: Path | str | None = None
+    test_query_ids: Path | str | None = None
+    test_qrels: Path | str | None = None
+    test_labels: Path | str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -96,12 +96,13 @@ def read_judgments(files: JudgmentFiles) -> Judgments:
         MissingDependencyError: A parquet file was given and pyarrow is not installed.
     """
     _check_combination(files)
+    doc_ids, labels = _path(files, "doc_ids"), _path(files, "labels")
     return Judgments(
         queries=_read_set(files, ""),
         dev=_read_set(files, "dev_"),
         test=_read_set(files, "test_"),
-        doc_ids=None if files.doc_ids is None else read_row_column(files.doc_ids),
-        labels=None if files.labels is None else read_row_column(files.labels),
+        doc_ids=None if doc_ids is None else read_row_column(doc_ids),
+        labels=None if labels is None else read_row_column(labels),
     )
 
 
@@ -115,10 +116,9 @@ def _check_combination(files: JudgmentFiles) -> None:
 
 
 def _check_set(files: JudgmentFiles, prefix: str) -> None:
-    path: Path | None = getattr(files, f"{prefix}queries")
-    ids: Path | None = getattr(files, f"{prefix}query_ids")
-    qrels: Path | None = getattr(files, f"{prefix}qrels")
-    labels: Path | None = getattr(files, f"{prefix}labels") if prefix else None
+    path, ids = _path(files, f"{prefix}queries"), _path(files, f"{prefix}query_ids")
+    qrels = _path(files, f"{prefix}qrels")
+    labels = _path(files, f"{prefix}labels") if prefix else None
     queries = _option(f"{prefix}queries")
     if path is None:
         for name, given in (("query_ids", ids), ("qrels", qrels), ("labels", labels)):
@@ -143,12 +143,12 @@ def _check_set(files: JudgmentFiles, prefix: str) -> None:
 
 
 def _read_set(files: JudgmentFiles, prefix: str) -> QuerySet | None:
-    path: Path | None = getattr(files, f"{prefix}queries")
+    path = _path(files, f"{prefix}queries")
     if path is None:
         return None
-    qrels: Path | None = getattr(files, f"{prefix}qrels")
-    labels: Path | None = getattr(files, f"{prefix}labels") if prefix else None
-    ids, vectors = _read_queries(path, getattr(files, f"{prefix}query_ids"), prefix)
+    qrels = _path(files, f"{prefix}qrels")
+    labels = _path(files, f"{prefix}labels") if prefix else None
+    ids, vectors = _read_queries(path, _path(files, f"{prefix}query_ids"), prefix)
     texts = None if labels is None else tuple(read_lines(labels))
     if texts is not None and len(texts) != len(ids):
         raise DataError(f"{labels} has {len(texts)} labels for {len(ids)} queries in {path}")
@@ -179,6 +179,11 @@ def _read_queries(path: Path, ids_path: Path | None, prefix: str) -> tuple[Seque
             f"({len(repeated)} such ids); give every query its own"
         )
     return ids, vectors
+
+
+def _path(files: JudgmentFiles, name: str) -> Path | None:
+    given: Path | str | None = getattr(files, name)
+    return None if given is None else Path(given)
 
 
 def _option(name: str) -> str:

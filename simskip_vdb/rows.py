@@ -15,7 +15,9 @@ Digests = NDArray[np.uint64]
 
 
 class Rows:
-    """Originals on disk, read through a memory map; positions are scan order.
+    """Originals on disk, read a block at a time; positions are scan order.
+
+    Blocks are read, not mapped: pages of a map would stay resident and count as memory.
 
     Attributes:
         ids: Shape (n,), int64.
@@ -25,41 +27,49 @@ class Rows:
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
+        self.path = path
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            source = pa.OSFile(str(path))
+            self._reader = pa.ipc.open_file(source)
+            only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+            ids = [only_ids.get_batch(i)["id"].to_numpy() for i in range(self._blocks)]
         except (OSError, pa.ArrowInvalid) as error:
             raise JournalError(f"{path} cannot be read: {error}") from error
-        self.path = path
-        self.dim: int = reader.schema.field("vector").type.list_size
-        ids = [batch["id"].to_numpy() for batch in batches]
+        self.dim: int = self._reader.schema.field("vector").type.list_size
         self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
-        self._parts: list[Vectors] = [
-            batch["vector"].flatten().to_numpy().reshape(-1, self.dim) for batch in batches
-        ]
-        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self._starts = np.cumsum([0, *map(len, ids)])
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def blocks(self) -> Iterator[tuple[int, Vectors]]:
         """Yield (position of the first row, vectors (b, d)) over all rows."""
-        return zip(self._starts.tolist(), self._parts, strict=False)
+        for i in range(self._blocks):
+            yield int(self._starts[i]), self._block(i)
 
     def take(self, positions: Positions) -> Vectors:
         """Return the rows at these positions, shape (len(positions), d)."""
         out = np.empty((len(positions), self.dim), np.float32)
-        part_of = np.searchsorted(self._starts, positions, side="right") - 1
-        order = np.argsort(part_of, kind="stable")
-        bounds = np.searchsorted(part_of[order], np.arange(len(self._parts) + 1))
-        for part in np.unique(part_of):
-            chosen = order[bounds[part] : bounds[part + 1]]
-            out[chosen] = self._parts[part][positions[chosen] - self._starts[part]]
+        block_of = np.searchsorted(self._starts, positions, side="right") - 1
+        for i in np.unique(block_of):
+            chosen = np.flatnonzero(block_of == i)
+            out[chosen] = self._block(i)[positions[chosen] - self._starts[i]]
         return out
 
     def matrix(self) -> Vectors:
         """Return all rows in memory, shape (n, d)."""
-        return np.concatenate(self._parts) if self._parts else np.empty((0, self.dim), np.float32)
+        out = np.empty((len(self), self.dim), np.float32)
+        for start, block in self.blocks():
+            out[start : start + len(block)] = block
+        return out
+
+    @property
+    def _blocks(self) -> int:
+        return int(self._reader.num_record_batches)
+
+    def _block(self, i: int) -> Vectors:
+        vectors: Vectors = self._reader.get_batch(i)["vector"].flatten().to_numpy()
+        return vectors.reshape(-1, self.dim)
 
 
 def row_digests(vectors: Vectors) -> Digests:

@@ -19,7 +19,8 @@ MOST_HELD_OUT = 1000
 """Most rows that act as queries for one split."""
 MOST_GROUP_JUDGMENTS = 2_000_000
 """About the most relevant rows that groups may make over all queries of one split."""
-_BLOCK = 1024
+_PAIRS = 1 << 24
+"""Pairs of queries compared at once."""
 
 
 def unit_hash(names: Iterable[str], seed: int) -> NDArray[np.float64]:
@@ -64,8 +65,9 @@ def near_identical(vectors: Vectors) -> Positions:
     unit = unit.astype(np.float32)
     everyone = np.arange(count)
     cluster = everyone
-    for start in range(0, count, _BLOCK):
-        linked = unit[start : start + _BLOCK] @ unit[start:].T > NEAR_IDENTICAL
+    block = max(1, _PAIRS // max(1, count))
+    for start in range(0, count, block):
+        linked = unit[start : start + block] @ unit[start:].T > NEAR_IDENTICAL
         ones, others = np.nonzero(linked)
         ends = np.concatenate([others + start, cluster])
         starts = np.concatenate([ones + start, everyone])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ def compare_strata(
         level: One-sided level of the look.
         seed: Draws the resamples.
     """
-    strata: Mapping[str, NDArray[np.bool_]] = {"seen": seen, "unseen": ~seen}
+    strata = {"seen": seen, "unseen": ~seen}
     return {
         name: compare(before[mask], after[mask], level, seed)
         for name, mask in strata.items()
@@ -161,20 +161,16 @@ def _intervals(
     if np.ptp(deltas) == 0:
         same = (float(deltas[0]), float(deltas[0]))
         return same, None if level is None else same
-    resampled = (
-        _stats()
-        .bootstrap(
-            (deltas,),
-            np.mean,
-            method="percentile",
-            n_resamples=_resamples(0.025 if level is None else level),
-            batch=max(1, _BATCH_NUMBERS // len(deltas)),
-            random_state=np.random.default_rng(seed),
-        )
-        .bootstrap_distribution
+    drawn = _stats().bootstrap(
+        (deltas,),
+        np.mean,
+        method="percentile",
+        n_resamples=_resamples(0.025 if level is None else level),
+        batch=max(1, _BATCH_NUMBERS // len(deltas)),
+        random_state=np.random.default_rng(seed),
     )
-    ci95 = _percentiles(resampled, 0.025)
-    return ci95, None if level is None else _percentiles(resampled, level)
+    means = drawn.bootstrap_distribution
+    return _percentiles(means, 0.025), None if level is None else _percentiles(means, level)
 
 
 def _percentiles(resampled: Scores, tail: float) -> Interval:
@@ -207,7 +203,7 @@ def _sign_flips(deltas: Scores, level: float, seed: int) -> tuple[float, float]:
     return float(tested.pvalue), min(1.0, float(losing / (len(null) + added)))
 
 
-def _stats() -> Any:  # noqa: ANN401 - scipy has no types
+def _stats() -> ModuleType:
     try:
         import scipy.stats
     except ImportError as error:

@@ -239,11 +239,16 @@ def _train(
                 torch.as_tensor(targets.weight, device=device),
                 ignore,
             )
+            if settings.focus:
+                a, c = torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)
+                w = (((raw_queries @ raw.T)[a, c] - 1) / settings.focus).exp()
+                w = w / torch.zeros(len(batch)).index_add(0, a, w)[a].clamp_min(1e-20)
+                loss = (1 - settings.nca) * info_nce(scores, torch.stack([a, c]), w, ignore)
             if settings.nca:
                 pm = torch.zeros_like(ignore).index_put((torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)), torch.tensor(True))
                 pos = scores.masked_fill(~pm, -torch.inf).logsumexp(1)
                 neg = scores.masked_fill(pm | ignore, -torch.inf).logsumexp(1)
-                loss = (1 - settings.nca) * loss + settings.nca * F.softplus(neg - pos).mean()
+                loss = loss + settings.nca * F.softplus(neg - pos).mean()
             if settings.distil and len(unjudged):
                 source = rng.choice(len(targets.anchor), len(batch))
                 residual = raw_queries[targets.anchor[source]] - raw[targets.column[source]]

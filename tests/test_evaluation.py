@@ -187,6 +187,9 @@ def test_ann_recall_counts_rows_and_takes_ties_as_found() -> None:
     scores = np.array([[0.9, 0.7, 0.6], [0.5, 0.0, 0.0]])
     # Row 9 ties with row 6, row 1 is worse, row 8 is missing: 2 + 1 of 5.
     assert ann_recall(exact, found, scores) == pytest.approx(3 / 5)
+    # A row that exact search was told to skip is no extra hit.
+    more = np.array([[4, 5, 6], [7, 8, 2]])
+    assert ann_recall(exact, more, np.full((2, 3), 1.0)) == 1.0
     nothing = Neighbors(ids=np.full((2, 3), -1), scores=np.full((2, 3), -np.inf, np.float32))
     assert ann_recall(nothing, found, scores) == 1.0
 

@@ -241,6 +241,15 @@ def test_idmap_over_ivf_after_remove_is_refused(make: Make, vectors: Vectors) ->
         FaissStore(path)
 
 
+def test_a_refine_that_lost_rows_of_its_base_is_refused(make: Make, vectors: Vectors) -> None:
+    path = make("refine-sq8")
+    index = read(path)
+    index.base_index.add(vectors[:1])
+    write(index, path)
+    with pytest.raises(UnsupportedIndexError, match="61 of its 60"):
+        FaissStore(path)
+
+
 # Reading
 
 

@@ -126,15 +126,15 @@ def test_what_is_skipped_is_counted_with_examples() -> None:
         *[(f"nobody{i}", "1", 1) for i in range(5)],
     ]  # fmt: skip
     queries = given(ids, judged)
-    queries.vectors[3], queries.vectors[4], queries.vectors[5, 2] = 0, np.inf, np.nan
+    queries.vectors[3], queries.vectors[4], queries.vectors[5:8:2, 2] = 0, np.inf, np.nan
     found = run(Judgments(queries=queries))
     assert everything(found) == {"q0": {1: 1}}
     assert notes(found) == {
         "judgments of unknown queries": (5, ("nobody0", "nobody1", "nobody2")),
         "judgments of unknown documents": (3, ("no1", "no2")),
         "repeated judgments, as of query": (1, ("q0",)),
-        "queries with NaN, infinite or zero vectors": (3, ("q3", "q4", "q5")),
-        "queries without a relevant known document": (4, ("q1", "q2", "q6")),
+        "queries with NaN, infinite or zero vectors": (4, ("q3", "q4", "q5")),
+        "queries without a relevant known document": (3, ("q1", "q2", "q6")),
     }
     assert "5 judgments of unknown queries, such as nobody0" in str(found.notes[0])
     json.dumps([note.to_dict() for note in found.notes], allow_nan=False)

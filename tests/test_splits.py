@@ -47,11 +47,11 @@ def test_hash_is_a_fraction_of_blake2b_and_depends_on_the_seed() -> None:
     assert unit_hash([], 0).shape == (0,)
 
 
-@pytest.mark.parametrize("block", [1, 7, 1024])
+@pytest.mark.parametrize("pairs", [1, 350, 1 << 24])
 def test_clusters_are_those_of_a_walk(
-    block: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+    pairs: int, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(splits, "_BLOCK", block)
+    monkeypatch.setattr(splits, "_PAIRS", pairs)
     # Steps of .03 on a circle are near-identical; chains, pairs and loners are mixed.
     angles = np.concatenate([np.arange(8) * 0.03, rng.uniform(1, 6, 40), [3.0, 3.001]])
     rng.shuffle(angles)
@@ -88,6 +88,7 @@ def test_clusters_stay_together() -> None:
     found = assign(ids, clusters, SHARES, 0, {})
     for c in range(100):
         assert len({found[f"q{i}"] for i in range(3 * c, 3 * c + 3)}) == 1
+    assert assign(ids[::-1], clusters[::-1], SHARES, 0, {}) == found
 
 
 def test_earlier_splits_win_and_near_identical_queries_follow() -> None:
@@ -95,6 +96,8 @@ def test_earlier_splits_win_and_near_identical_queries_follow() -> None:
     before = {"b": Split.TEST, "d": Split.FIT, "gone": Split.FIT}
     found = assign(ids, np.array([0, 0, 0, 1]), SHARES, 0, before)
     assert found == {"a": Split.TEST, "b": Split.TEST, "c": Split.TEST, "d": Split.FIT}
+    apart = {"a": Split.FIT, "b": Split.TEST}
+    assert assign(["b", "a"], np.array([0, 0]), SHARES, 0, apart) == apart
 
 
 BOTH = [Split.VALIDATION, Split.TEST]
