@@ -345,13 +345,14 @@ def _prepare(
 
     names = [name.replace("-", "_") for name, _ in JUDGMENT_FILES]
     files = JudgmentFiles(**{name: options.pop(name) for name in names})
-    fitting = {
-        name: kind(options.pop(name))
-        for name, kind in (("side", Side), ("signal", Signal), ("seed", int), ("device", str))
-        if name in options
-    }
+    fitting = FitSettings(
+        side=Side(options.pop("side", "docs")),
+        signal=Signal(options.pop("signal", "auto")),
+        seed=options.pop("seed"),
+        device=options.pop("device", "auto"),
+    )
     params = _parameters(options.pop("search_params", ""))
-    settings = Settings(fit=FitSettings(**fitting), search_params=params, **options)
+    settings = Settings(fit=fitting, search_params=params, **options)
     judgments = read_judgments(files)
     return open_store(index, read_only=read_only), judgments, settings
 

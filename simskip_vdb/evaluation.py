@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -242,7 +243,6 @@ def _parse(name: str) -> Measure:
 
 def _ir_measures() -> ModuleType:
     try:
-        import ir_measures
+        return import_module("ir_measures")
     except ImportError as error:
         raise MissingDependencyError("ir_measures", "eval") from error
-    return ir_measures

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from simskip_vdb import __version__
 from simskip_vdb.datatypes import Progress, Split
-from simskip_vdb.errors import DataError
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
 from simskip_vdb.refiner import LateRule, Refiner
@@ -58,7 +57,7 @@ def fit_or_recall(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
 
 
 def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
-    from simskip_vdb.training import Problem, fit_refiner
+    from simskip_vdb.training import Plan, Problem, fit_refiner
 
     judged = space.judged
     fit_queries = judged.queries[Split.FIT]
@@ -77,9 +76,10 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         return lambda done, total, _: progress(name, done, total)
 
     if not len(judged.queries[Split.VALIDATION]):
-        raise DataError(
-            "there are no validation queries to choose by; give judged queries, or labels"
-        )
+        # Nothing to choose by: all of f, as published; the gate will find nothing measured.
+        plan = Plan(steps=settings.steps, alpha=1.0, beta=1.0)
+        fitted = fit_refiner(problem, settings, space.validate, progress=stage("fit"), plan=plan)
+        return replace(fitted.refiner, info=_info(fitted, key))
     fitted = fit_refiner(problem, settings, space.validate, progress=stage("fit"))
     info = _info(fitted, key)
     if fitted.refiner.is_identity:
@@ -141,15 +141,20 @@ def _unfairness(share: LateRows) -> float:
 def _info(fitted: Fitted, key: str) -> dict[str, Any]:
     import torch
 
-    identity = fitted.trials[0].score
-    best = max(trial.score for trial in fitted.trials)
     return {
         "fit_key": key,
         "signal": fitted.signal.value,
-        "validation": {"identity": identity, "best": best, "candidates": len(fitted.trials)},
+        "validation": _validation(fitted),
         "simskip_vdb": __version__,
         "torch": torch.__version__,
     }
+
+
+def _validation(fitted: Fitted) -> dict[str, Any] | None:
+    scores = [trial.score for trial in fitted.trials]
+    if not scores:
+        return None
+    return {"identity": scores[0], "best": max(scores), "candidates": len(scores)}
 
 
 def _recall(folder: Path, key: str) -> Refiner | None:

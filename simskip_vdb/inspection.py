@@ -181,7 +181,7 @@ def _next_steps(uri: str, tally: _Tally, past: Mapping[str, Any]) -> list[str]:
         steps.append("give every row an id of its own: ids that repeat cannot be refined")
         return steps
     steps += [
-        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv --doc-ids IDS.txt",
+        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv --doc-ids D.txt",
         f"simskip refine {uri} --labels LABELS.txt      (groups instead of judgments)",
     ]
     return steps

@@ -35,6 +35,7 @@ class Measured:
     split: Split
     evidence: Evidence
     measures: Mapping[str, Any]
+    strata: Mapping[str, Any]
     regressions: tuple[Mapping[str, Any], ...]
 
 
@@ -80,6 +81,9 @@ def measure(space: Workspace, refiner: Refiner, split: Split) -> Measured | None
         evidence=evidence,
         measures={
             name: found.to_dict() for name, found in {space.measure: chosen, **others}.items()
+        },
+        strata={
+            name: strata[name].to_dict() if name in strata else None for name in ("seen", "unseen")
         },
         regressions=tuple(item.to_dict() for item in lost),
     )

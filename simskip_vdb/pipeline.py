@@ -419,9 +419,7 @@ def _report(
         queries={split.value: len(judged) for split, judged in space.judged.queries.items()},
         measure=space.measure,
         measures={} if measured is None else measured.measures,
-        strata={}
-        if measured is None
-        else {name: found.to_dict() for name, found in measured.evidence.strata.items()},
+        strata={} if measured is None else measured.strata,
         regressions=() if measured is None else measured.regressions,
         late_rows=late,
         group_overlap=None if measured is None else measured.evidence.group_overlap,

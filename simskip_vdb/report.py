@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from simskip_vdb.gate import Decision
+from simskip_vdb.gate import MIN_QUERIES, Decision
 
 REFUSED = 3
 
@@ -175,16 +175,16 @@ def _measures(report: Mapping[str, Any]) -> str:
     if not report["measures"]:
         return ""
     rows = [_row(name, found) for name, found in report["measures"].items()]
-    for name, found in report["strata"].items():
-        if found["queries"]:
-            rows.append(_row(f"  {name} ({found['queries']})", found))
+    strata = {name: found for name, found in report["strata"].items() if found is not None}
+    if len(strata) > 1:
+        rows += [_row(f"  {name} ({found['queries']})", found) for name, found in strata.items()]
     header = ("exact search", "before", "after", "delta", "95 % interval", "wins", "ties", "losses")
     look = f", look {report['gate']['look']}" if report["gate"] and report["gate"]["look"] else ""
     title = f"{report['split']} queries{look}; the gate judges {report['measure']}"
     few = [
         f"{name}: {found['queries']} queries, too few to judge"
-        for name, found in report["strata"].items()
-        if found["queries"] < 30
+        for name, found in strata.items()
+        if found["queries"] < MIN_QUERIES
     ]
     return "\n".join([title, table(header, rows), *few])
 
@@ -224,9 +224,8 @@ def _findings(report: Mapping[str, Any]) -> str:
     if late is not None:
         rule = {"raw": "left raw", "f": "refined by f"}[late["rule"]]
         verdict = "fair" if late["fair"] else "not fair"
-        lines.append(
-            f"late rows ({rule}): {late['before']:.1%} → {late['after']:.1%} of the top 10, {verdict}"
-        )
+        shares = f"{late['before']:.1%} → {late['after']:.1%}"
+        lines.append(f"late rows ({rule}): {shares} of the top 10, {verdict}")
     if report["group_overlap"] is not None:
         lines.append(f"order inside groups: top-10 overlap {report['group_overlap']:.2f}")
     return "\n".join(lines)
@@ -271,9 +270,8 @@ def _outcome(report: Mapping[str, Any]) -> str:
         lines.append("Reload your application: one that runs still holds the old index.")
     if written is not None and written["mode"] == "copy":
         lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")
-        lines.append(
-            f"pass queries through the refiner: Refiner.load({report['refiner']['path']!r})(queries)"
-        )
+        path = report["refiner"]["path"]
+        lines.append(f"pass queries through the refiner: Refiner.load({path!r})(queries)")
     if report["seconds"]:
         parts = (f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
         lines.append(f"seconds: {', '.join(parts)}")

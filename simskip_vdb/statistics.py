@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -205,7 +206,6 @@ def _sign_flips(deltas: Scores, level: float, seed: int) -> tuple[float, float]:
 
 def _stats() -> ModuleType:
     try:
-        import scipy.stats
+        return import_module("scipy.stats")
     except ImportError as error:
         raise MissingDependencyError("scipy", "eval") from error
-    return scipy.stats

@@ -243,9 +243,13 @@ def _train(
                 a, c = torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)
                 w = (((raw_queries @ raw.T)[a, c] - 1) / settings.focus).exp()
                 w = w / torch.zeros(len(batch)).index_add(0, a, w)[a].clamp_min(1e-20)
-                loss = (1 - settings.nca) * info_nce(scores, torch.stack([a, c]), w, ignore)
-            if settings.nca:
-                pm = torch.zeros_like(ignore).index_put((torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)), torch.tensor(True))
+                w = (1 - settings.nca) * w + settings.nca * torch.as_tensor(targets.weight)
+                loss = info_nce(scores, torch.stack([a, c]), w, ignore)
+            if False:
+                pm = torch.zeros_like(ignore).index_put(
+                    (torch.as_tensor(targets.anchor), torch.as_tensor(targets.column)),
+                    torch.tensor(True),
+                )
                 pos = scores.masked_fill(~pm, -torch.inf).logsumexp(1)
                 neg = scores.masked_fill(pm | ignore, -torch.inf).logsumexp(1)
                 loss = loss + settings.nca * F.softplus(neg - pos).mean()

@@ -88,6 +88,7 @@ class Workspace:
         self,
         store: VectorStore,
         journal: Journal,
+        ledger: Ledger,
         rows: Rows,
         judged: Resolved,
         settings: Settings,
@@ -95,6 +96,7 @@ class Workspace:
         self.store = store
         self.info = store.info()
         self.journal = journal
+        self.ledger = ledger
         self.rows = rows
         self.judged = judged
         self.settings = settings
@@ -150,7 +152,7 @@ class Workspace:
     def held(self, split: Split) -> Mask:
         """Return the rows that act as queries of a split, shape (n,)."""
         held = np.zeros(len(self.rows), np.bool_)
-        held[getattr(self.judged, "held", {}).get(split, [])] = True
+        held[self.judged.held.get(split, [])] = True
         return held
 
     def skipped(self, split: Split) -> Mask | None:
@@ -251,8 +253,7 @@ def open_workspace(
             seed=settings.fit.seed,
             assigned={name: Split(split) for name, split in ledger.splits.items()},
         )
-        space = Workspace(store, journal, rows, judged, settings)
-        space.ledger = ledger
+        space = Workspace(store, journal, ledger, rows, judged, settings)
         if np.count_nonzero(space.usable) < 2:
             raise DataError(
                 f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "

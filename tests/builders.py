@@ -83,4 +83,4 @@ def clusters(
 
 
 def _unit(x: Any) -> Vectors:  # noqa: ANN401
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)

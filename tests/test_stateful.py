@@ -21,15 +21,18 @@ EXACT_KINDS = sorted(name for name, kind in KINDS.items() if not kind.tolerance)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def some_vectors(count: int, seed: int) -> Vectors:
-    return np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
-
-
 class FileAgainstMemory(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "rows.faiss"
+        self.draws = 0
+
+    def vectors(self, count: int, seed: int) -> Vectors:
+        """Draw vectors that no other draw repeats: equal rows tie, and ties have no order."""
+        self.draws += 1
+        rng = np.random.default_rng([seed, self.draws])
+        return rng.standard_normal((count, DIM)).astype(np.float32)
 
     def teardown(self) -> None:
         self.folder.cleanup()
@@ -46,7 +49,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
         ids = np.random.default_rng(seed).permutation(count) * 3
         self.by_id = "IVF" in self.kind.factory and "IDMap" not in self.kind.factory
         ids = np.arange(count) if self.kind.positional else ids
-        vectors = some_vectors(count, seed)
+        vectors = self.vectors(count, seed)
         write(make_index(self.kind, ids, vectors, metric), self.path)
         self.remember(ids, vectors)
         self.reopen()
@@ -64,7 +67,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
     def replace(self, seed: int, share: float, size: int) -> None:
         rng = np.random.default_rng(seed)
         chosen = self.ids[rng.random(len(self.ids)) < share]
-        vectors = some_vectors(len(chosen), seed)
+        vectors = self.vectors(len(chosen), seed)
         for store in (self.store, self.memory):
             parts = range(0, len(chosen), size)
             batches = [
@@ -77,7 +80,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
         def refuse(candidate: VectorStore) -> None:
             raise LookupError
 
-        batch = VectorBatch(ids=self.ids, vectors=some_vectors(len(self.ids), seed))
+        batch = VectorBatch(ids=self.ids, vectors=self.vectors(len(self.ids), seed))
         try:
             self.store.replace([batch], refuse)
         except LookupError:
@@ -87,7 +90,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
     @rule(seed=seeds, count=st.integers(1, 5))
     def application_adds_rows(self, seed: int, count: int) -> None:
         index = read(self.path)
-        new = some_vectors(count, seed)
+        new = self.vectors(count, seed)
         if self.kind.positional:
             ids = np.arange(count) + len(self.ids)
             index.add(new)
@@ -102,7 +105,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
 
     @rule(seed=seeds, k=st.integers(1, 60))
     def search(self, seed: int, k: int) -> None:
-        queries = some_vectors(3, seed)
+        queries = self.vectors(3, seed)
         found = self.store.search(queries, k, self.kind.params)
         expected = self.memory.search(queries, k, {})
         np.testing.assert_array_equal(np.isneginf(found.scores), np.isneginf(expected.scores))
