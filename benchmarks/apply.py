@@ -12,6 +12,7 @@ import argparse
 import shutil
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import faiss
@@ -84,7 +85,7 @@ def refiner(dim: int, rows: int) -> ss.Refiner:
             (rng.normal(size=(wide, narrow)) / np.sqrt(narrow)).astype(np.float32),
             np.zeros(wide, np.float32),
         )
-        for narrow, wide in zip(widths, widths[1:], strict=False)
+        for narrow, wide in pairwise(widths)
     )
     ids = np.arange(0, rows, 20)
     return ss.Refiner(

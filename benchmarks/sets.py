@@ -116,13 +116,14 @@ def find(folder: Path, name: str) -> Path | None:
     return None
 
 
-def simskip(*arguments: str) -> Any:
+def simskip(*arguments: str) -> dict[str, Any]:
     done = subprocess.run(
         [str(SIMSKIP), *arguments, "--json"], capture_output=True, text=True, check=False
     )
     if done.returncode not in (0, 3):
         sys.exit(f"simskip {' '.join(arguments)}\n{done.stderr}")
-    return json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def row(result: dict[str, Any]) -> str:

@@ -17,17 +17,15 @@ from simskip_vdb.connectors.swap import (
     Identity,
     confirm,
     copy_durably,
-    disk_errors,
     give_new_name,
     kept_as,
-    make_durable,
-    sha256_of,
     staged,
     swap_in,
     take_mode_and_owner,
     unchanged,
 )
 from simskip_vdb.datatypes import Ids, Neighbors, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import (
     ConfigError,
     StoreError,

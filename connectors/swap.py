@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import stat
@@ -11,9 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
-
-_CHUNK = 1 << 22
 
 
 class Identity(NamedTuple):
@@ -29,31 +27,6 @@ class Identity(NamedTuple):
         """Look at a file; raise OSError where there is none."""
         found = path.stat()
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def sha256_of(path: Path) -> str:
-    """Hash a file's bytes, 64 hex digits.
-
-    Raises:
-        StoreError: The file cannot be read.
-    """
-    digest = hashlib.sha256()
-    with disk_errors(path), path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors into `StoreError`."""
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"{path}: {error.strerror or error}; nothing was changed. "
-            "Free space or allow writing in its folder, then run the same command"
-        ) from error
 
 
 @contextmanager
@@ -75,15 +48,6 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def make_durable(file: Path) -> None:
-    """Flush a file's bytes, or a folder's names, to the disk."""
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def take_mode_and_owner(temporary: Path, target: Path) -> None:

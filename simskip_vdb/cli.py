@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from simskip_vdb import __version__
 from simskip_vdb.errors import ConfigError, SimskipError
+from simskip_vdb.judgments import RULES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,11 +48,9 @@ Exit codes:
   4    stopped part-way; the same command resumes
   130  interrupted; the same command resumes"""
 
-JUDGMENT_RULES = """Judgments: unknown documents and queries, queries with NaN, infinite or zero
-vectors, and queries without a relevant document in the index are skipped and counted. Wrong
-dimensions, duplicate query ids, malformed lines and conflicting grades are refused. One set of
-judgments is split by a hash of the query id, about 60/20/20, into fit, validation and test; a query
-never changes its split. Rows of the index that are NaN, infinite or zero are left as they are."""
+SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,
+validation and test; a query never changes its split. Rows of the index that are NaN, infinite or
+zero are left as they are."""
 
 
 @click.group(
@@ -254,7 +253,7 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     _print(report.to_dict(), render, as_json)
 
 
-@cli.command(epilog=f"{JUDGMENT_RULES}\n\n{EXIT_CODES}")
+@cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")
 @_index
 @_judgments
 @_measure

@@ -14,7 +14,11 @@ from simskip_vdb.errors import StoreError
 
 
 def sha256_of(path: Path) -> str:
-    """Hash a file's bytes, 64 hex digits."""
+    """Hash a file's bytes, 64 hex digits.
+
+    Raises:
+        StoreError: The file cannot be read.
+    """
     digest = hashlib.sha256()
     with disk_errors(path), open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -32,12 +36,12 @@ def write_durably(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        make_durable(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def make_durable(path: Path) -> None:
+    """Flush a file's bytes, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -58,8 +62,8 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"{path}: {error.strerror or error}; free some space or choose another "
-            "state folder with --state DIR, then run the same command"
+            f"{path}: {error.strerror or error}; nothing was changed. "
+            "Free space or allow writing in its folder, then run the same command"
         ) from error
 
 

@@ -3,7 +3,7 @@
     SimskipError                          1
     ├ ConfigError(ValueError)             2   nothing touched
     ├ MissingDependencyError(ImportError) 2   names the extra to install
-    ├ DataError(ValueError)               1   NaN, zero vector, duplicate id, wrong dimension, no positives
+    ├ DataError(ValueError)               1   NaN, duplicate id, wrong dimension, no positives
     ├ StoreError                          1   carries the URI without secrets
     │ ├ StoreNotFoundError
     │ ├ UnsupportedIndexError                 why it cannot be refined, and what would make it possible

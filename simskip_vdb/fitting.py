@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb import __version__
 from simskip_vdb.datatypes import Progress, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
@@ -145,7 +145,7 @@ def _info(fitted: Fitted, key: str) -> dict[str, Any]:
         "fit_key": key,
         "signal": fitted.signal.value,
         "validation": _validation(fitted),
-        "simskip_vdb": __version__,
+        "simskip_vdb": version("simskip-vdb"),
         "torch": torch.__version__,
     }
 
@@ -170,7 +170,7 @@ def _recall(folder: Path, key: str) -> Refiner | None:
 
 def _key(space: Workspace) -> str:
     """Hash everything that a fit depends on: rows, judgments, settings, version."""
-    digest = hashlib.sha256(__version__.encode())
+    digest = hashlib.sha256(version("simskip-vdb").encode())
     digest.update(json.dumps(asdict(space.settings.fit), default=str, sort_keys=True).encode())
     digest.update(space.measure.encode())
     order = np.argsort(space.rows.ids, kind="stable")

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch
-from simskip_vdb.durable import HashingFile, disk_errors, fsync_folder, sha256_of, write_durably
+from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
 from simskip_vdb.rows import Digests, Rows
 
@@ -286,7 +286,7 @@ class Journal:
             digest = sink.sha256.hexdigest()
             name = f"{stem}-{digest[:12]}.arrow"
             os.replace(temporary, self.folder / name)
-            fsync_folder(self.folder)
+            make_durable(self.folder)
         return FileRef(name=name, sha256=digest, rows=rows)
 
     def _sweep(self) -> None:

@@ -62,7 +62,7 @@ def measure(space: Workspace, refiner: Refiner, split: Split) -> Measured | None
         seen = seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
         if space.judged.groups is not None:
             seen[:] = True
-        strata = compare_strata(was[space.measure], now[space.measure], seen, level, seed)
+        strata = compare_strata(was[space.measure], now[space.measure], seen, seed)
         lost = worst_regressions(judged.ids, was[space.measure], now[space.measure])
         overlap = None
         if space.judged.groups is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.errors import MissingDependencyError
-from simskip_vdb.gate import Comparison, LateRows
+from simskip_vdb.gate import HARM_LEVEL, Comparison, LateRows
 
 Scores = NDArray[np.float64]
 
@@ -83,7 +83,7 @@ def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Co
 
 
 def compare_strata(
-    before: Scores, after: Scores, seen: NDArray[np.bool_], level: float, seed: int
+    before: Scores, after: Scores, seen: NDArray[np.bool_], seed: int
 ) -> dict[str, Comparison]:
     """Compare the ``seen`` and the ``unseen`` queries on their own; empty strata are left out.
 
@@ -91,12 +91,11 @@ def compare_strata(
         before: Shape (m,).
         after: Shape (m,).
         seen: Shape (m,); true where a relevant row was judged relevant in the fit split.
-        level: One-sided level of the look.
         seed: Draws the resamples.
     """
     strata = {"seen": seen, "unseen": ~seen}
     return {
-        name: compare(before[mask], after[mask], level, seed)
+        name: compare(before[mask], after[mask], HARM_LEVEL, seed)
         for name, mask in strata.items()
         if mask.any()
     }

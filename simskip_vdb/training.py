@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,9 +24,7 @@ except ImportError as error:  # pragma: no cover
 from simskip_vdb.losses import distillation, info_nce
 from simskip_vdb.model import Residual
 from simskip_vdb.pairs import (
-    ListedPairs,
     Pairs,
-    Targets,
     group_pairs,
     judged_pairs,
     nearest,

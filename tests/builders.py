@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def random_refiner(
             rng.normal(0, 0.5, (wide, narrow)).astype(np.float32),
             rng.normal(0, 0.1, wide).astype(np.float32),
         )
-        for narrow, wide in zip(widths, widths[1:], strict=False)
+        for narrow, wide in pairwise(widths)
     )
     chosen = np.sort(ids[::2])
     return Refiner(

@@ -115,12 +115,12 @@ def test_scipy_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strata_hold_their_own_queries_and_empty_ones_are_left_out() -> None:
     before, after = np.zeros(4), np.array([1.0, 1.0, 1.0, -1.0])
-    strata = compare_strata(before, after, np.array([True, True, True, False]), FIRST, 0)
+    strata = compare_strata(before, after, np.array([True, True, True, False]), 0)
     assert {name: (c.queries, c.delta) for name, c in strata.items()} == {
         "seen": (3, 1.0),
         "unseen": (1, -1.0),
     }
-    assert set(compare_strata(before, after, np.ones(4, np.bool_), FIRST, 0)) == {"seen"}
+    assert set(compare_strata(before, after, np.ones(4, np.bool_), 0)) == {"seen"}
 
 
 def test_worst_regressions_come_worst_first_and_gains_never() -> None:
