@@ -28,10 +28,13 @@ class FitSettings:
             else the rows' neighbours.
         seed: Seed of every random draw.
         device: ``cpu``, ``cuda`` or ``auto``.
-        steps: Steps of the optimiser.
+        steps: Most steps of the optimiser; small data takes fewer.
         batch_size: Anchors in a step.
-        columns: Most rows that a batch's anchors are compared with.
-        temperature: τ of the contrastive loss.
+        columns: Rows that a batch's anchors are compared with, where there are that many.
+        learning_rate: Of Adam at its start; it falls to zero along a half cosine.
+        dropout: Rate in f, in [0, 1).
+        raw_share: Part of the columns left raw in a step, so that refined rows learn to compete
+            fairly with raw ones, in [0, 1).
     """
 
     side: Side = Side.DOCS
@@ -40,16 +43,7 @@ class FitSettings:
     device: str = "cpu"
     steps: int = 240
     batch_size: int = 512
-    columns: int = 16384
-    temperature: float = 0.05
-    lr: float = 1e-3
-    lr_offsets: float = 1e-3
-    decay_offsets: float = 0.0
+    columns: int = 4096
+    learning_rate: float = 1e-3
     dropout: float = 0.3
     raw_share: float = 0.3
-    distil: float = 0.0
-    nca: float = 0.0
-    focus: float = 0.0
-    hard: int = 16
-    offsets: bool = True
-    checkpoints: int = 4

@@ -7,12 +7,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import JudgedQueries, Positions, Vectors
 from simskip_vdb.errors import DataError
 
-SEARCH_BLOCK = 16384
+ROW_BLOCK = 16384
+QUERY_BLOCK = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -33,28 +35,33 @@ class Targets:
 
 
 class Pairs(Protocol):
-    """Anchors, and the rows each of them should find."""
+    """Anchors, and the rows that each of them should find."""
 
     @property
-    def anchors(self) -> Vectors:
-        """Vectors to take anchors from, shape (m, d)."""
+    def vectors(self) -> Vectors:
+        """Vectors of the anchors, shape (m, d)."""
         ...
 
     @property
-    def usable(self) -> Positions:
-        """Anchors that have a positive, shape (a,)."""
+    def anchors(self) -> Positions:
+        """Those of the m that have a positive, shape (a,)."""
         ...
 
-    def positives(self, batch: Positions, generator: np.random.Generator) -> Positions:
-        """Return rows that a sample of columns must hold for these anchors."""
+    def rows_with_anchors(self) -> Positions:
+        """Return the rows that are a positive of some anchor, ascending."""
         ...
 
-    def targets(self, batch: Positions, column_of: NDArray[np.int64]) -> Targets:
-        """Return the positives of these anchors among the columns.
+    def draw(self, batch: Positions, rng: np.random.Generator) -> Positions:
+        """Return one positive row for each anchor of a batch, shape (b,)."""
+        ...
+
+    def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
+        """Return the positives of a batch among the columns.
 
         Args:
             batch: Anchors, shape (b,).
-            column_of: Column of every row, shape (n,), -1 for rows that are no column.
+            columns: Rows that are columns, shape (c,).
+            column_of: Column of every row, shape (n,); -1 for rows that are none.
         """
         ...
 
@@ -64,46 +71,48 @@ class ListedPairs:
     """Positives listed for each anchor, in compressed sparse rows.
 
     Attributes:
-        anchors: Shape (m, d).
+        vectors: Vectors of the anchors, shape (m, d).
         indptr: Shape (m + 1,); anchor i's positives are ``rows[indptr[i]:indptr[i + 1]]``.
-        rows: Position of each positive.
-        weights: Weight of each positive, above 0.
-        own: The anchor's own row, shape (m,); -1 where it is no row.
+        rows: Row of each positive.
+        grades: Weight of each positive, above 0, float32.
+        anchors_are_rows: Whether anchor i is row i, and must not find itself.
     """
 
-    anchors: Vectors
+    vectors: Vectors
     indptr: NDArray[np.int64]
     rows: Positions
-    weights: NDArray[np.float32]
-    own: NDArray[np.int64]
+    grades: NDArray[np.float32]
+    anchors_are_rows: bool
 
     @property
-    def usable(self) -> Positions:
+    def anchors(self) -> Positions:
         """Anchors that have a positive, shape (a,)."""
         return np.flatnonzero(np.diff(self.indptr))
 
-    def positives(self, batch: Positions, generator: np.random.Generator) -> Positions:
-        """Return every positive of these anchors."""
-        return self.rows[self._entries(batch)]
+    def rows_with_anchors(self) -> Positions:
+        """Return the rows that are a positive of some anchor, ascending."""
+        return np.unique(self.rows)
 
-    def targets(self, batch: Positions, column_of: NDArray[np.int64]) -> Targets:
-        """Return the positives of these anchors among the columns."""
-        entries = self._entries(batch)
-        anchor = np.repeat(np.arange(len(batch)), np.diff(self.indptr)[batch])
-        column, weight = column_of[self.rows[entries]], self.weights[entries]
+    def draw(self, batch: Positions, rng: np.random.Generator) -> Positions:
+        """Return one positive row for each anchor of a batch, shape (b,)."""
+        first = self.indptr[batch]
+        drawn: Positions = self.rows[rng.integers(first, self.indptr[batch + 1])]
+        return drawn
+
+    def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
+        """Return the positives of a batch among the columns."""
+        sizes = np.diff(self.indptr)[batch]
+        before = np.cumsum(sizes) - sizes
+        listed = np.repeat(self.indptr[batch] - before, sizes) + np.arange(sizes.sum())
+        anchor = np.repeat(np.arange(len(batch)), sizes)
+        column = column_of[self.rows[listed]]
         kept = column >= 0
-        own = np.where(self.own[batch] >= 0, column_of[self.own[batch]], -1)
         return Targets(
             anchor=anchor[kept],
             column=column[kept],
-            weight=_sum_to_one(anchor[kept], weight[kept]),
-            own=own,
+            weight=_sum_to_one(anchor[kept], self.grades[listed][kept]),
+            own=column_of[batch] if self.anchors_are_rows else np.full(len(batch), -1),
         )
-
-    def _entries(self, batch: Positions) -> NDArray[np.int64]:
-        sizes = np.diff(self.indptr)[batch]
-        before = np.cumsum(sizes) - sizes
-        return np.repeat(self.indptr[batch] - before, sizes) + np.arange(sizes.sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -111,43 +120,41 @@ class GroupPairs:
     """Rows as anchors; the other rows of their group are positives.
 
     Attributes:
-        anchors: All rows, shape (n, d).
+        vectors: All rows, shape (n, d).
         codes: Group of each row, shape (n,); -1 for none.
-        members: Positions of grouped rows, by group, shape (g,).
-        first: Where each member's group starts in `members`, by position, shape (n,).
-        size: Size of each row's group, by position, shape (n,); 0 for none.
+        members: Grouped rows, group after group, shape (g,).
+        first: Where each row's group starts in `members`, shape (n,).
+        size: Size of each row's group, shape (n,); 0 for none.
     """
 
-    anchors: Vectors
+    vectors: Vectors
     codes: NDArray[np.int64]
     members: Positions
     first: NDArray[np.int64]
     size: NDArray[np.int64]
 
     @property
-    def usable(self) -> Positions:
+    def anchors(self) -> Positions:
         """Rows whose group has another row, shape (a,)."""
         return np.flatnonzero(self.size > 1)
 
-    def positives(self, batch: Positions, generator: np.random.Generator) -> Positions:
-        """Return one row of each anchor's group, and never the anchor itself."""
-        place = generator.integers(0, self.size[batch] - 1)
-        chosen = self.members[self.first[batch] + place]
-        last = self.members[self.first[batch] + self.size[batch] - 1]
-        return np.where(chosen == batch, last, chosen)
+    def rows_with_anchors(self) -> Positions:
+        """Return the rows that are a positive of some anchor, ascending."""
+        return self.anchors
 
-    def targets(self, batch: Positions, column_of: NDArray[np.int64]) -> Targets:
-        """Return the rows of the anchors' groups among the columns."""
-        rows = np.flatnonzero(column_of >= 0)
-        same = self.codes[batch][:, None] == self.codes[rows][None, :]  # (b, c)
-        same &= batch[:, None] != rows[None, :]
-        anchor, place = np.nonzero(same)
-        return Targets(
-            anchor=anchor,
-            column=column_of[rows[place]],
-            weight=_sum_to_one(anchor, np.ones(len(anchor), dtype=np.float32)),
-            own=column_of[batch],
-        )
+    def draw(self, batch: Positions, rng: np.random.Generator) -> Positions:
+        """Return another row of each anchor's group, shape (b,)."""
+        first, others = self.first[batch], self.size[batch] - 1
+        drawn = self.members[first + rng.integers(0, others)]
+        return np.where(drawn == batch, self.members[first + others], drawn)
+
+    def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
+        """Return the positives of a batch among the columns."""
+        same = self.codes[batch][:, None] == self.codes[columns][None, :]  # (b, c)
+        same &= batch[:, None] != columns[None, :]
+        anchor, column = np.nonzero(same)
+        weight = _sum_to_one(anchor, np.ones(len(anchor), dtype=np.float32))
+        return Targets(anchor=anchor, column=column, weight=weight, own=column_of[batch])
 
 
 def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPairs:
@@ -160,26 +167,24 @@ def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPai
     Raises:
         DataError: No query has a relevant row that can be used.
     """
-    kept = (queries.grades > 0) & usable[queries.rows]
-    finite = np.isfinite(queries.vectors).all(axis=1) & queries.vectors.any(axis=1)
     query = queries.query_of_judgment()
-    kept &= finite[query]
+    sound = np.isfinite(queries.vectors).all(axis=1) & queries.vectors.any(axis=1)
+    kept = (queries.grades > 0) & usable[queries.rows] & sound[query]
     if not kept.any():
         raise DataError("no judged query has a relevant row in the index; check ids and grades")
-    sizes = np.bincount(query[kept], minlength=len(queries))
     return ListedPairs(
-        anchors=queries.vectors,
-        indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        vectors=queries.vectors,
+        indptr=_indptr(np.bincount(query[kept], minlength=len(queries))),
         rows=queries.rows[kept],
-        weights=queries.grades[kept].astype(np.float32),
-        own=np.full(len(queries), -1, dtype=np.int64),
+        grades=queries.grades[kept].astype(np.float32),
+        anchors_are_rows=False,
     )
 
 
 def group_pairs(
     vectors: Vectors, groups: NDArray[np.int64], usable: NDArray[np.bool_]
 ) -> GroupPairs:
-    """Make every grouped row an anchor.
+    """Make every grouped row an anchor and the rest of its group its positives.
 
     Args:
         vectors: All rows, shape (n, d).
@@ -201,72 +206,80 @@ def group_pairs(
     size = np.zeros(len(codes), dtype=np.int64)
     first[members] = start[inverse]
     size[members] = counts[inverse]
-    return GroupPairs(anchors=vectors, codes=codes, members=members, first=first, size=size)
+    return GroupPairs(vectors=vectors, codes=codes, members=members, first=first, size=size)
 
 
 def neighbour_pairs(
-    vectors: Vectors, usable: NDArray[np.bool_], k: int, device: str
+    vectors: Vectors, rows: Positions, anchors: Positions, *, k: int, device: str
 ) -> ListedPairs:
-    """Make every row an anchor and its k nearest other rows its positives.
+    """Make rows the anchors and their k nearest other rows the positives.
 
     Source: Dwibedi et al., arXiv:2104.14548, with the neighbours of the frozen vectors.
 
     Args:
         vectors: All rows, shape (n, d).
-        usable: Rows that may take part, shape (n,).
-        k: Neighbours of each row.
+        rows: Rows that may take part, ascending.
+        anchors: Those of them that are anchors, ascending.
+        k: Neighbours of each anchor.
         device: Where to search.
+
+    Raises:
+        DataError: There is only one row.
     """
-    rows = np.flatnonzero(usable)
-    found = nearest(vectors[rows], vectors, rows, k + 1, device)
-    other = found != rows[:, None]
+    if len(rows) < 2:
+        raise DataError(f"{len(rows)} rows can be used; neighbours need at least 2")
+    found = nearest(vectors[anchors], vectors, rows, k=k + 1, device=device)  # (a, k + 1)
+    other = found != anchors[:, None]
+    # Among many equal vectors an anchor may be missing from its own neighbours.
     other[other.all(axis=1), -1] = False
-    n = len(vectors)
-    sizes = np.where(usable, found.shape[1] - 1, 0)
-    own = np.where(usable, np.arange(n), -1)
-    neighbours = found[other]
+    sizes = np.zeros(len(vectors), dtype=np.int64)
+    sizes[anchors] = other.sum(axis=1)
     return ListedPairs(
-        anchors=vectors,
-        indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        rows=neighbours,
-        weights=np.ones(len(neighbours), dtype=np.float32),
-        own=own,
+        vectors=vectors,
+        indptr=_indptr(sizes),
+        rows=found[other],
+        grades=np.ones(other.sum(), dtype=np.float32),
+        anchors_are_rows=True,
     )
 
 
-def nearest(queries: Vectors, vectors: Vectors, rows: Positions, k: int, device: str) -> Positions:
+def nearest(
+    queries: Vectors, vectors: Vectors, rows: Positions, *, k: int, device: str
+) -> Positions:
     """Find each query's nearest rows by cosine, exactly, in bounded memory.
 
     Args:
         queries: Shape (q, d).
         vectors: All rows, shape (n, d); may be a memory map.
-        rows: Positions to search among, ascending.
+        rows: Rows to search among.
         k: Rows wanted for each query.
         device: Where to search.
 
     Returns:
-        Positions, shape (q, min(k, len(rows))), best first.
+        Rows, shape (q, min(k, len(rows))), best first.
     """
     k = min(k, len(rows))
-    asked = torch.nn.functional.normalize(torch.as_tensor(queries, device=device), dim=1)
+    asked = F.normalize(torch.as_tensor(queries, device=device), dim=1)
     best = torch.full((len(queries), k), -torch.inf, device=device)
     place = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
-    for start in range(0, len(rows), SEARCH_BLOCK):
-        block = rows[start : start + SEARCH_BLOCK]
-        keys = torch.as_tensor(vectors[block], device=device)
-        keys = torch.nn.functional.normalize(keys, dim=1)
-        for first in range(0, len(queries), 4096):
-            some = slice(first, first + 4096)
-            scores = asked[some] @ keys.T  # (q', block)
-            score, column = scores.topk(min(k, len(block)), dim=1)
+    for start in range(0, len(rows), ROW_BLOCK):
+        block = vectors[rows[start : start + ROW_BLOCK]]
+        keys = F.normalize(torch.as_tensor(block, device=device), dim=1)
+        for first in range(0, len(queries), QUERY_BLOCK):
+            some = slice(first, first + QUERY_BLOCK)
+            score, column = (asked[some] @ keys.T).topk(min(k, len(keys)), dim=1)
             score = torch.cat([best[some], score], dim=1)
             column = torch.cat([place[some], column + start], dim=1)
             best[some], order = score.topk(k, dim=1)
             place[some] = column.gather(1, order)
-    return rows[place.cpu().numpy()]
+    found: Positions = rows[place.cpu().numpy()]
+    return found
+
+
+def _indptr(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def _sum_to_one(anchor: NDArray[np.int64], weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    if not len(anchor):
-        return weight
-    return (weight / np.bincount(anchor, weight)[anchor]).astype(np.float32)
+    totals = np.bincount(anchor, weight)
+    return (weight / totals[anchor]).astype(np.float32)

@@ -82,6 +82,7 @@ class Workspace:
         current: What was written to the index last; None where it holds originals.
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
+        progress: Called with (stage, done, total).
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Workspace:
         rows: Rows,
         judged: Resolved,
         settings: Settings,
+        progress: Progress,
     ) -> None:
         self.store = store
+        self.progress = progress
         self.info = store.info()
         self.journal = journal
         self.ledger = ledger
@@ -147,7 +150,12 @@ class Workspace:
         self, queries: Vectors, blocks: Blocks, k: int, skip: Mask | None = None
     ) -> Neighbors:
         """Search exactly by the index's own metric."""
-        return exact_search(queries, blocks, k, self.info.metric, skip)
+        return exact_search(queries, self._watched(blocks), k, self.info.metric, skip)
+
+    def _watched(self, blocks: Blocks) -> Blocks:
+        for start, block in blocks:
+            yield start, block
+            self.progress("search", start + len(block), len(self.rows))
 
     def held(self, split: Split) -> Mask:
         """Return the rows that act as queries of a split, shape (n,)."""
@@ -253,7 +261,7 @@ def open_workspace(
             seed=settings.fit.seed,
             assigned={name: Split(split) for name, split in ledger.splits.items()},
         )
-        space = Workspace(store, journal, ledger, rows, judged, settings)
+        space = Workspace(store, journal, ledger, rows, judged, settings, progress)
         if np.count_nonzero(space.usable) < 2:
             raise DataError(
                 f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "

@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     }
     counts = {name: probe(folder / name.replace(" ", "-"), first, chain, undo)
               for name, chain in chains.items()}  # fmt: skip
-    print(json.dumps(counts))
+    sys.stdout.write(json.dumps(counts))
 
 
 def probe(folder: Path, first: Path, chain: list[Command], undo: Command) -> int:
@@ -117,7 +117,7 @@ def run(command: Command, path: Path, kill_at: int | None = None, after: bool = 
         try:
             command(path)
         except BaseException as error:
-            print(repr(error), file=sys.stderr)
+            sys.stderr.write(f"{error!r}\n")
             os._exit(1)
         os._exit(0)
     status = os.waitpid(child, 0)[1]

@@ -1,0 +1,251 @@
+"""What each step of a fit compares: anchors with columns, some of them raw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simskip_vdb.config import FitSettings, Signal
+from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Vectors
+from simskip_vdb.errors import DataError
+from simskip_vdb.pairs import Pairs, Targets, group_pairs, judged_pairs, nearest, neighbour_pairs
+
+QUERY_TEMPERATURE = 0.05
+ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
+
+HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
+HARD_PER_STEP = 4
+NEIGHBOURS = 5  # positives of a row where nothing else is known
+NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
+NORM_SAMPLE = 4096
+
+# Weight given to positives by nearness to the anchor, the rest evenly, so that a group tightens
+# without losing its inner order.
+NEAR_SHARE = 0.7
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """What to fit on; positions are row numbers in scan order.
+
+    Attributes:
+        vectors: Rows, shape (n, d), float32; may be a memory map.
+        ids: Row ids, shape (n,).
+        metric: How the index compares.
+        queries: Judged queries of the fit split.
+        groups: Group of each row, shape (n,); -1 for none.
+        usable: Rows that may take part, shape (n,): finite, not zero, not held out.
+        late: Rows treated as late, shape (n,): raw competitors that never move.
+    """
+
+    vectors: Vectors
+    ids: Ids
+    metric: Metric
+    queries: JudgedQueries | None = None
+    groups: NDArray[np.int64] | None = None
+    usable: NDArray[np.bool_]
+    late: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """What one step compares.
+
+    Attributes:
+        queries: Unit anchors, shape (b, d).
+        raw: Unit columns, shape (c, d).
+        slots: Place of each column's offset, shape (c,).
+        left_raw: Columns that compete raw, shape (c,).
+        pairs: Anchor and column of each positive, shape (2, p).
+        weights: Weight of each positive, shape (p,).
+        ignore: Where a column is the anchor itself, shape (b, c).
+        pseudo: Unit pseudo-queries for distillation, shape (e, d).
+        metric: How the index compares.
+        temperature: τ.
+        query_norms: Norms of the anchors in units of a typical row's, shape (b,).
+        row_norms: Norms of the columns in the same units, shape (c,).
+    """
+
+    queries: Tensor
+    raw: Tensor
+    slots: Tensor
+    left_raw: Tensor
+    pairs: Tensor
+    weights: Tensor
+    ignore: Tensor
+    pseudo: Tensor
+    metric: Metric
+    temperature: float
+    query_norms: Tensor
+    row_norms: Tensor
+
+    def compare(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the index's own similarity over temperature, shape (b, c).
+
+        Args:
+            queries: Unit directions of the anchors, or of pseudo-queries, shape (b, d).
+            keys: Unit directions of the columns, shape (c, d).
+        """
+        scores = queries @ keys.T
+        if self.metric is Metric.DOT:
+            scores = scores * self.row_norms
+        elif self.metric is Metric.EUCLID:
+            # -‖q - x‖² / 2 without ‖q‖², which all columns share.
+            norms = self.query_norms[: len(queries), None]
+            scores = scores * norms * self.row_norms - self.row_norms**2 / 2
+        return scores / self.temperature
+
+
+class Sampler:
+    """Draws steps from a problem.
+
+    Args:
+        problem: Rows, judgments and groups.
+        signal: What to learn from: judged queries, groups or neighbours.
+        settings: How to fit.
+        rng: Source of every draw.
+        device: Where the tensors go.
+
+    Raises:
+        DataError: The signal has no positives.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        signal: Signal,
+        settings: FitSettings,
+        rng: np.random.Generator,
+        device: str,
+    ) -> None:
+        n = len(problem.vectors)
+        self._problem = problem
+        self._settings = settings
+        self._rng = rng
+        self._device = device
+        self._rows = np.flatnonzero(problem.usable)
+        self._column_of = np.full(n, -1, dtype=np.int64)
+        self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
+        self._pairs = _pairs(problem, signal, self._rows, rng, device)
+        self.anchors = self._pairs.anchors
+        self._by_queries = signal is Signal.JUDGED
+        self._hard = np.empty((len(self._pairs.vectors), 0), dtype=np.int64)
+        self._unjudged = np.zeros(n, dtype=np.bool_)
+        self.offset_rows = np.empty(0, dtype=np.int64)
+        if self._by_queries:
+            vectors = _take(self._pairs.vectors, self.anchors)
+            hard = nearest(vectors, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
+            self._hard = np.full((len(self._pairs.vectors), hard.shape[1]), -1)
+            self._hard[self.anchors] = hard
+            judged = self._pairs.rows_with_anchors()
+            self._unjudged[self._rows] = True
+            self._unjudged[judged] = False
+            self.offset_rows = np.union1d(judged, hard)
+        elif signal is Signal.GROUPS:
+            self.offset_rows = self._pairs.rows_with_anchors()
+        self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
+        self._slot_of = np.full(n, len(self.offset_rows))
+        self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
+        self.unjudged_share = float(self._unjudged.sum() / len(self._rows))
+        sample = rng.choice(self._rows, min(NORM_SAMPLE, len(self._rows)), replace=False)
+        self._typical_norm = float(np.linalg.norm(_take(problem.vectors, sample), axis=1).mean())
+
+    def step(self, batch: Positions) -> Step:
+        """Draw the columns of a step.
+
+        Args:
+            batch: Anchors, shape (b,).
+        """
+        columns = self._columns(batch)
+        self._column_of[columns] = np.arange(len(columns))
+        targets = self._pairs.targets(batch, columns, self._column_of)
+        self._column_of[columns] = -1
+
+        queries, query_norms = self._unit(self._pairs.vectors, batch)
+        raw, row_norms = self._unit(self._problem.vectors, columns)
+        pairs = self._tensor(np.stack([targets.anchor, targets.column]))
+        weights = self._tensor(targets.weight)
+        if not self._by_queries:
+            weights = _favour_near(queries, raw, pairs, weights)
+        ignore = torch.zeros((len(batch), len(columns)), dtype=torch.bool, device=self._device)
+        itself = np.flatnonzero(targets.own >= 0)
+        ignore[itself, targets.own[itself]] = True
+        left_raw = self._late[columns] | (self._rng.random(len(columns)) < self._settings.raw_share)
+        return Step(
+            queries=queries,
+            raw=raw,
+            slots=self._tensor(self._slot_of[columns]),
+            left_raw=self._tensor(left_raw),
+            pairs=pairs,
+            weights=weights,
+            ignore=ignore,
+            pseudo=self._pseudo(queries, raw, targets, columns),
+            metric=self._problem.metric,
+            temperature=QUERY_TEMPERATURE if self._by_queries else ROW_TEMPERATURE,
+            query_norms=query_norms / self._typical_norm,
+            row_norms=row_norms / self._typical_norm,
+        )
+
+    def _columns(self, batch: Positions) -> Positions:
+        """Return a positive and hard negatives of each anchor, and random rows to fill up."""
+        size = self._settings.columns
+        if len(self._rows) <= size:
+            return self._rows
+        hard = self._hard[batch]
+        hard = hard[:, self._rng.permutation(hard.shape[1])[:HARD_PER_STEP]]
+        wanted = np.union1d(self._pairs.draw(batch, self._rng), hard)
+        others = self._rng.choice(self._rows, max(size - len(wanted), 0), replace=False)
+        return np.union1d(wanted, others)
+
+    def _pseudo(self, queries: Tensor, raw: Tensor, targets: Targets, columns: Positions) -> Tensor:
+        """Return rows that no judgment points to, each moved as a query is from its row."""
+        bases = np.flatnonzero(self._unjudged[columns])
+        if not len(bases):
+            return queries[:0]
+        base = self._rng.choice(bases, len(queries))
+        source = self._rng.integers(0, len(targets.anchor), len(queries))
+        residual = queries[targets.anchor[source]] - raw[targets.column[source]]
+        return F.normalize(raw[base] + residual, dim=1)  # (b, d)
+
+    def _unit(self, vectors: Vectors, rows: Positions) -> tuple[Tensor, Tensor]:
+        taken = self._tensor(_take(vectors, rows))
+        norms = taken.norm(dim=1)
+        return taken / norms[:, None], norms
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.as_tensor(array, device=self._device)
+
+
+def _pairs(
+    problem: Problem, signal: Signal, rows: Positions, rng: np.random.Generator, device: str
+) -> Pairs:
+    if signal is Signal.JUDGED:
+        if problem.queries is None:
+            raise DataError("the signal is judged queries, and there are none")
+        return judged_pairs(problem.queries, problem.usable)
+    if signal is Signal.GROUPS:
+        if problem.groups is None:
+            raise DataError("the signal is groups, and there are none")
+        return group_pairs(problem.vectors, problem.groups, problem.usable)
+    anchors = np.sort(rng.choice(rows, min(NEIGHBOUR_ANCHORS, len(rows)), replace=False))
+    return neighbour_pairs(problem.vectors, rows, anchors, k=NEIGHBOURS, device=device)
+
+
+def _favour_near(queries: Tensor, raw: Tensor, pairs: Tensor, even: Tensor) -> Tensor:
+    """Mix even weights of positives with weights that favour the anchor's raw neighbours."""
+    anchor, column = pairs
+    cosine = (queries @ raw.T)[anchor, column] / ROW_TEMPERATURE  # (p,)
+    top = torch.full((len(queries),), -torch.inf, device=raw.device)
+    top = top.scatter_reduce(0, anchor, cosine, "amax")
+    near = (cosine - top[anchor]).exp()
+    near = near / torch.zeros_like(top).index_add(0, anchor, near)[anchor]
+    return NEAR_SHARE * near + (1 - NEAR_SHARE) * even
+
+
+def _take(vectors: Vectors, rows: Positions) -> Vectors:
+    return np.ascontiguousarray(vectors[rows], dtype=np.float32)

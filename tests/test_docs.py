@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from builders import clusters, random_refiner
+from script import simskip
+
+from simskip_vdb import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the README's examples name."""
+    folder = tmp_path_factory.mktemp("readme")
+    docs, queries, row_group, query_group = clusters(np.random.default_rng(0), 400, 300)
+    for name in ("products.faiss", "intents.faiss"):
+        index = faiss.IndexFlatIP(docs.shape[1])
+        index.add(docs)
+        faiss.write_index(index, str(folder / name))
+    np.save(folder / "q.npy", queries)
+    (folder / "q.txt").write_text("".join(f"q{i}\n" for i in range(len(queries))))
+    (folder / "ids.txt").write_text("".join(f"d{i}\n" for i in range(len(docs))))
+    (folder / "labels.txt").write_text("".join(f"{group}\n" for group in row_group))
+    lines = [
+        f"q{query}\td{row}\t1\n"
+        for query, group in enumerate(query_group)
+        for row in np.flatnonzero(row_group == group)
+    ]
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    random_refiner(docs.shape[1], np.arange(400)).save(folder / "refiner")
+    return folder
+
+
+def test_readme_commands_run(desk: Path) -> None:
+    lines = [
+        line
+        for block in blocks("console")
+        for line in block.splitlines()
+        if line.startswith("simskip ")
+    ]
+    assert len(lines) >= 3
+    for line in lines:
+        done = simskip(*shlex.split(line)[1:], cwd=desk)
+        assert done.returncode in (0, 3), (line, done.stderr)
+
+
+def test_readme_python_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in desk.glob("*.simskip"):
+        shutil.rmtree(path)
+    monkeypatch.chdir(desk)
+    scope = {"raw_queries": np.load("q.npy")}
+    examples = blocks("python")
+    assert len(examples) >= 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), scope)
+    np.testing.assert_array_equal(scope["queries"], scope["raw_queries"])
+
+
+def test_readme_names_every_command_and_no_other() -> None:
+    named = set(re.findall(r"simskip ([a-z]+)", README))
+    assert named == set(cli.cli.commands)
+
+
+def test_readme_has_no_gaps() -> None:
+    assert "@@" not in README
+    assert "TODO" not in README
+
+
+def test_makefile_has_the_targets_that_people_are_told_of() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "lint", "type", "bench", "dist"} <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_contributing_points_to_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`([a-z_/]+\.py)`", text):
+        assert (ROOT / name).exists() or (ROOT / "simskip_vdb" / name).exists(), name
