@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import Progress, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
+from simskip_vdb.measuring import Measured, measure
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import hash_ids, row_digests
 from simskip_vdb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from simskip_vdb.training import Fitted, Plan, Problem
+    from simskip_vdb.training import Fitted
 
 TOP = 10
 LATE_ROWS = 0.1  # part of the rows that the probe treats as late
@@ -29,8 +30,8 @@ LATE_ROWS = 0.1  # part of the rows that the probe treats as late
 Mask = NDArray[np.bool_]
 
 
-def fit_or_recall(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
-    """Return the refiner for these rows, judgments and settings, and the folder that holds it.
+def fit_or_recall(space: Workspace, progress: Progress) -> Refiner:
+    """Return the refiner for these rows, judgments and settings.
 
     A fit that was done before on the very same input is recalled, not repeated.
 
@@ -48,88 +49,85 @@ def fit_or_recall(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
     if refiner is None:
         with space.timed("fit"):
             refiner = _fit(space, key, progress)
-    folder = space.journal.refiners / refiner.id
-    refiner.save(folder)
-    if space.settings.out is not None:
-        refiner.save(space.settings.out)
-        folder = space.settings.out
-    return refiner, folder
+    return refiner
+
+
+def validated(refiner: Refiner) -> Measured | None:
+    """Return what validation said of a refiner when it was chosen; None where nothing was."""
+    found = refiner.info.get("validation")
+    return None if found is None else Measured(**found)
 
 
 def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     from simskip_vdb.training import Plan, Problem, fit_refiner
 
-    judged = space.judged
+    judged, settings = space.judged, space.settings.fit
     fit_queries = judged.queries[Split.FIT]
-    usable = space.usable & ~judged.held_out
     problem = Problem(
         vectors=space.rows.matrix(),
         ids=space.rows.ids,
         metric=space.info.metric,
         queries=fit_queries if len(fit_queries) else None,
         groups=judged.groups,
-        usable=usable,
+        usable=space.usable & ~judged.held_out,
     )
-    settings = space.settings.fit
 
-    def stage(name: str) -> Any:  # noqa: ANN401 a callback
-        return lambda done, total, _: progress(name, done, total)
+    def fit(stage: str, problem: Problem, plan: Plan | None) -> Fitted:
+        return fit_refiner(
+            problem,
+            settings,
+            space.validate,
+            progress=lambda done, total, _: progress(stage, done, total),
+            plan=plan,
+        )
 
     if not len(judged.queries[Split.VALIDATION]):
         # Nothing to choose by: all of f, as published; the gate will find nothing measured.
-        plan = Plan(steps=settings.steps, alpha=1.0, beta=1.0)
-        fitted = fit_refiner(problem, settings, space.validate, progress=stage("fit"), plan=plan)
+        fitted = fit("fit", problem, Plan(steps=settings.steps, alpha=1.0, beta=1.0))
         return replace(fitted.refiner, info=_info(fitted, key))
-    fitted = fit_refiner(problem, settings, space.validate, progress=stage("fit"))
+    fitted = fit("fit", problem, None)
     info = _info(fitted, key)
-    if fitted.refiner.is_identity:
-        return replace(fitted.refiner, info=info)
-    late_rows, rule = _probe(space, problem, fitted.plan, stage("probe"))
+    measured = measure(space, fitted.refiner, Split.VALIDATION)
+    assert measured is not None
+    info["validation"] = asdict(measured[0])
     refiner = fitted.refiner
+    if refiner.is_identity:
+        return replace(refiner, info=info)
+    late = _late_rows(space)
+    probe = fit("probe", replace(problem, late=late), fitted.plan).refiner
+    share, rule = _treat_late_rows(space, probe, late)
+    info["late_rows"] = {**share.to_dict(), "rule": rule.value}
     if space.held(Split.VALIDATION).any():
-        # Choices are made: rows that stood in for validation queries may now be learnt from.
+        # The choice is made: rows that stood in for validation queries may now be learnt from.
         whole = replace(problem, usable=space.usable & ~space.held(Split.TEST))
-        refiner = fit_refiner(
-            whole, settings, space.validate, progress=stage("fit"), plan=fitted.plan
-        ).refiner
-    info["late_rows"] = {**late_rows.to_dict(), "rule": rule.value}
+        refiner = fit("fit on all rows", whole, fitted.plan).refiner
+        info["learnt_from_validation"] = True
     return replace(refiner, late=rule, info=info)
 
 
-def _probe(
-    space: Workspace,
-    problem: Problem,
-    plan: Plan,
-    progress: Any,  # noqa: ANN401 a callback
-) -> tuple[LateRows, LateRule]:
-    """Fit again with a tenth of the rows late, and choose how late rows are to be treated.
+def _late_rows(space: Workspace) -> Mask:
+    """Choose a tenth of the rows by hash, to be treated as if they arrived after the fit."""
+    drawn = hash_ids(space.rows.ids, space.settings.fit.seed)
+    late: Mask = drawn < np.uint64(LATE_ROWS * 2**64)
+    return late & space.usable & ~space.judged.held_out
+
+
+def _treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateRows, LateRule]:
+    """Choose how late rows are treated, by a refiner that was fitted without them.
 
     Of the rules that are fair, the better on validation; if none is fair, the fairer.
     """
-    from simskip_vdb.training import fit_refiner
-
-    ids = space.rows.ids
-    drawn = hash_ids(ids, space.settings.fit.seed) < np.uint64(LATE_ROWS * 2**64)
-    late: Mask = problem.usable & drawn
-    fitted = fit_refiner(
-        replace(problem, late=late),
-        space.settings.fit,
-        space.validate,
-        progress=progress,
-        plan=plan,
-    )
     judged = space.judged.queries[Split.VALIDATION]
     skip = space.skipped(Split.VALIDATION)
     raw = space.search(judged.vectors, space.rows.blocks(), TOP, skip).ids
     found = []
-    for rule in (LateRule.RAW, LateRule.F) if plan.alpha > 0 else (LateRule.RAW,):
-        refiner = replace(fitted.refiner, late=rule)
-        with_late = space.search(
-            refiner(judged.vectors), space.refined_blocks(refiner, late), TOP, skip
-        ).ids
-        share = late_row_share(raw, with_late, late)
-        value = space.validate(refiner, late)
-        found.append((share.fair, value if share.fair else -_unfairness(share), share, rule))
+    for rule in (LateRule.RAW, LateRule.F) if probe.alpha > 0 else (LateRule.RAW,):
+        refiner = replace(probe, late=rule)
+        blocks = space.refined_blocks(refiner, late)
+        ranked = space.search(refiner(judged.vectors), blocks, TOP, skip).ids
+        share = late_row_share(raw, ranked, late)
+        value = space.validate(refiner, late) if share.fair else -_unfairness(share)
+        found.append((share.fair, value, share, rule))
     _, _, share, rule = max(found, key=lambda item: item[:2])
     return share, rule
 
@@ -144,13 +142,13 @@ def _info(fitted: Fitted, key: str) -> dict[str, Any]:
     return {
         "fit_key": key,
         "signal": fitted.signal.value,
-        "validation": _validation(fitted),
+        "choice": _choice(fitted),
         "simskip_vdb": version("simskip-vdb"),
         "torch": torch.__version__,
     }
 
 
-def _validation(fitted: Fitted) -> dict[str, Any] | None:
+def _choice(fitted: Fitted) -> dict[str, Any] | None:
     scores = [trial.score for trial in fitted.trials]
     if not scores:
         return None
@@ -193,7 +191,7 @@ def _feed(digest: Any, *arrays: NDArray[Any]) -> None:  # noqa: ANN401 hashlib's
 
 def describe(info: Mapping[str, Any]) -> str:
     """Say what validation said of a fit."""
-    found = info.get("validation")
+    found = info.get("choice")
     if found is None:
         return ""
     return (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Split, Vectors
 from simskip_vdb.evaluation import (
@@ -30,63 +31,87 @@ ANN_PROBES = 200  # rows that stand in for queries where none were given
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What one split says of a refiner."""
+    """What one split says of a refiner, as plain JSON values.
 
-    split: Split
-    evidence: Evidence
+    Attributes:
+        split: Which queries.
+        measures: Comparison of each measure, the chosen one first.
+        strata: The chosen measure over ``seen`` and ``unseen`` queries; None where there are none.
+        regressions: The queries that lost most.
+        group_overlap: Top-10 overlap inside groups; None without groups.
+    """
+
+    split: str
     measures: Mapping[str, Any]
     strata: Mapping[str, Any]
-    regressions: tuple[Mapping[str, Any], ...]
+    regressions: Sequence[Mapping[str, Any]]
+    group_overlap: float | None
 
 
-def measure(space: Workspace, refiner: Refiner, split: Split) -> Measured | None:
-    """Compare what the index holds with what the refiner makes of it; None without queries."""
+def measure(space: Workspace, refiner: Refiner, split: Split) -> tuple[Measured, Evidence] | None:
+    """Compare what the index holds with what a refiner makes of it, by exact search.
+
+    Reading the test queries is counted as a look before it happens.
+
+    Args:
+        space: The index and its judgments.
+        refiner: What to measure.
+        split: Which queries to measure on.
+
+    Returns:
+        None where the split has no queries.
+    """
     judged = space.judged.queries[split]
     if not len(judged):
         return None
     look = 1
     if split is Split.TEST:
         look = space.ledger.look(refiner.id, space.measure, judged.ids)
-    level = look_level(look)
-    skip = space.skipped(split)
     k = max(depth(space.measures, judged), 10)
+    skip, late, seed = space.skipped(split), space.late_when_written, space.settings.fit.seed
     with space.timed("evaluate"):
-        before = space.search(judged.vectors, space.current_blocks(), k, skip)
-        late = space.late_when_written
-        after = space.search(refiner(judged.vectors), space.refined_blocks(refiner, late), k, skip)
-        was = score(judged, before.ids, space.measures)
-        now = score(judged, after.ids, space.measures)
-        seed = space.settings.fit.seed
-        chosen = compare(was[space.measure], now[space.measure], level, seed)
-        others = {name: compare(was[name], now[name], None, seed) for name in space.measures[1:]}
-        seen = seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
-        if space.judged.groups is not None:
-            seen[:] = True
-        strata = compare_strata(was[space.measure], now[space.measure], seen, seed)
-        lost = worst_regressions(judged.ids, was[space.measure], now[space.measure])
+        before = space.search(judged.vectors, space.current_blocks(), k, skip).ids
+        after = space.search(
+            refiner(judged.vectors), space.refined_blocks(refiner, late), k, skip
+        ).ids
+        was, now = (score(judged, found, space.measures) for found in (before, after))
+        levels = {name: None for name in space.measures} | {space.measure: look_level(look)}
+        compared = {
+            name: compare(was[name], now[name], level, seed) for name, level in levels.items()
+        }
+        was_chosen, now_chosen = was[space.measure], now[space.measure]
+        strata = compare_strata(was_chosen, now_chosen, _seen(space, split), seed)
         overlap = None
         if space.judged.groups is not None:
-            overlap = group_overlap(judged, before.ids, after.ids)
+            overlap = group_overlap(judged, before, after)
+    measured = Measured(
+        split=split.value,
+        measures={name: found.to_dict() for name, found in compared.items()},
+        strata={
+            name: strata[name].to_dict() if name in strata else None for name in ("seen", "unseen")
+        },
+        regressions=[
+            item.to_dict() for item in worst_regressions(judged.ids, was_chosen, now_chosen)
+        ],
+        group_overlap=overlap,
+    )
     evidence = Evidence(
         measure=space.measure,
         look=look,
-        chosen=chosen,
+        chosen=compared[space.measure],
         strata=strata,
         growing=space.settings.growing,
         late_rows=_late_rows(refiner),
         group_overlap=overlap,
     )
-    return Measured(
-        split=split,
-        evidence=evidence,
-        measures={
-            name: found.to_dict() for name, found in {space.measure: chosen, **others}.items()
-        },
-        strata={
-            name: strata[name].to_dict() if name in strata else None for name in ("seen", "unseen")
-        },
-        regressions=tuple(item.to_dict() for item in lost),
-    )
+    return measured, evidence
+
+
+def _seen(space: Workspace, split: Split) -> NDArray[np.bool_]:
+    judged = space.judged.queries[split]
+    if space.judged.groups is not None:  # every group was learnt from
+        return np.ones(len(judged), np.bool_)
+    return seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
 
 
 def _late_rows(refiner: Refiner) -> LateRows | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simskip_vdb.refiner import Layer
@@ -22,36 +24,27 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        widths = (dim, max(1, dim // 2), dim)
-        self.hidden = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU(), nn.Dropout(dropout)
-                )
-                for before, after in zip(widths, widths[1:], strict=False)
-            )
-        )
+        half = max(1, dim // 2)
+        self.down = nn.Linear(dim, half)
+        self.down_norm = nn.BatchNorm1d(half)
+        self.up = nn.Linear(half, dim)
+        self.up_norm = nn.BatchNorm1d(dim)
+        self.dropout = nn.Dropout(dropout)
         self.last = nn.Linear(dim, dim)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map unit rows, shape (n, d), to moves of the same shape."""
-        out: Tensor = self.last(self.hidden(x))
+        h = self.dropout(F.relu(self.down_norm(self.down(x))))  # (n, d // 2)
+        h = self.dropout(F.relu(self.up_norm(self.up(h))))  # (n, d)
+        out: Tensor = self.last(h)
         return out
 
     def folded(self) -> tuple[Layer, ...]:
         """Return the three linear layers with BatchNorm's running statistics folded in."""
-        layers = []
-        for linear, norm, *_ in self.hidden:  # type: ignore[misc]
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            layers.append(
-                (
-                    _array(linear.weight * scale[:, None]),
-                    _array((linear.bias - norm.running_mean) * scale + norm.bias),
-                )
-            )
-        return (*layers, (_array(self.last.weight), _array(self.last.bias)))
+        last = (_array(self.last.weight), _array(self.last.bias))
+        return (_fold(self.down, self.down_norm), _fold(self.up, self.up_norm), last)
 
 
 def projector(dim: int) -> nn.Sequential:
@@ -59,5 +52,12 @@ def projector(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, 128))
 
 
-def _array(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+def _fold(linear: nn.Linear, norm: nn.BatchNorm1d) -> Layer:
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    bias = (linear.bias - norm.running_mean) * scale + norm.bias
+    return _array(linear.weight * scale[:, None]), _array(bias)
+
+
+def _array(tensor: Tensor) -> NDArray[np.float32]:
     return tensor.detach().cpu().numpy().astype(np.float32)

@@ -145,8 +145,9 @@ class GroupPairs:
     def draw(self, batch: Positions, rng: np.random.Generator) -> Positions:
         """Return another row of each anchor's group, shape (b,)."""
         first, others = self.first[batch], self.size[batch] - 1
-        drawn = self.members[first + rng.integers(0, others)]
-        return np.where(drawn == batch, self.members[first + others], drawn)
+        drawn: Positions = self.members[first + rng.integers(0, others)]
+        drawn = np.where(drawn == batch, self.members[first + others], drawn)
+        return drawn
 
     def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
         """Return the positives of a batch among the columns."""
@@ -229,7 +230,7 @@ def neighbour_pairs(
     if len(rows) < 2:
         raise DataError(f"{len(rows)} rows can be used; neighbours need at least 2")
     found = nearest(vectors[anchors], vectors, rows, k=k + 1, device=device)  # (a, k + 1)
-    other = found != anchors[:, None]
+    other: NDArray[np.bool_] = np.not_equal(found, anchors[:, None])
     # Among many equal vectors an anchor may be missing from its own neighbours.
     other[other.all(axis=1), -1] = False
     sizes = np.zeros(len(vectors), dtype=np.int64)

@@ -14,7 +14,7 @@ import numpy as np
 from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.errors import ConfigError, DataError
-from simskip_vdb.fitting import describe, fit_or_recall
+from simskip_vdb.fitting import describe, fit_or_recall, validated
 from simskip_vdb.gate import Decision, decide
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.judgments import Judgments
@@ -54,9 +54,9 @@ def fit(
     """
     settings = settings or Settings()
     with open_workspace(store, judgments, settings, progress) as space:
-        refiner, folder = fit_or_recall(space, progress)
-        measured = measure(space, refiner, Split.VALIDATION)
-        return _report(space, "fit", refiner, folder, measured)
+        refiner = fit_or_recall(space, progress)
+        folder = _save(refiner, space)
+        return _report(space, "fit", refiner, folder, validated(refiner))
 
 
 def evaluate(
@@ -91,13 +91,20 @@ def evaluate(
         refiner = _load(folder, space) if folder else _identity(space)
         if not len(space.judged.queries[on]):
             raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
+        if on is Split.VALIDATION and refiner.info.get("learnt_from_validation"):
+            raise DataError(
+                "the rows that stand in for validation queries were learnt from once the choice "
+                "was made, so they prove nothing now; measure with --on test, which counts as a "
+                "look, or give queries of their own with --dev-queries and --dev-labels"
+            )
         measured = measure(space, refiner, on)
+        assert measured is not None
         through = ThroughIndex(space, refiner, on)
         if written is not None and written.refiner == refiner.id:
             through.look("after", store, refiner)
         else:
             through.look("before", store, None)
-        report = _report(space, "evaluate", refiner, folder, measured)
+        report = _report(space, "evaluate", refiner, folder, measured[0])
         return replace(report, through_index=through.measures, ann_recall=through.ann)
 
 
@@ -125,25 +132,21 @@ def refine(
     settings = settings or Settings()
     _check_output(settings, settings.fit.side if settings.refiner is None else None)
     with open_workspace(store, judgments, settings, progress) as space:
-        refiner, folder = _refiner(space, progress)
+        refiner = _refiner(space, progress)
         _check_output(settings, refiner.side)
         if settings.dry_run:
-            measured = measure(space, refiner, Split.VALIDATION)
-            report = _report(space, "refine", refiner, folder, measured)
+            report = _report(space, "refine", refiner, settings.refiner, validated(refiner))
             return replace(report, forecast=_forecast(space, refiner))
+        folder = _save(refiner, space)
         if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
             report = _report(space, "refine", refiner, folder, None)
             note = "the index holds exactly this refinement already; nothing to do"
             return replace(report, notes=(note,), written=_written(Written.none(), None))
         if refiner.is_identity:
-            measured = measure(space, refiner, Split.VALIDATION)
             decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
-            return _report(space, "refine", refiner, folder, measured, decision)
-        measured = measure(space, refiner, Split.TEST)
-        decision = decide(
-            None if measured is None else measured.evidence,
-            accept_unmeasured=settings.accept_unmeasured,
-        )
+            return _report(space, "refine", refiner, folder, validated(refiner), decision)
+        measured, evidence = measure(space, refiner, Split.TEST) or (None, None)
+        decision = decide(evidence, accept_unmeasured=settings.accept_unmeasured)
         report = _report(space, "refine", refiner, folder, measured, decision)
         return _reindex(space, refiner, report, progress) if decision.passed else report
 
@@ -293,13 +296,19 @@ def _mark_copy(
         )
 
 
-def _refiner(space: Workspace, progress: Progress) -> tuple[Refiner, Path]:
+def _refiner(space: Workspace, progress: Progress) -> Refiner:
     folder = space.settings.refiner
-    if folder is None:
-        return fit_or_recall(space, progress)
-    refiner = _load(folder, space)
-    refiner.save(space.journal.refiners / refiner.id)  # to tell its rows from others later
-    return refiner, folder
+    return fit_or_recall(space, progress) if folder is None else _load(folder, space)
+
+
+def _save(refiner: Refiner, space: Workspace) -> Path:
+    """Save a refiner in the state, where it tells our rows from others later, and to --out."""
+    folder = space.journal.refiners / refiner.id
+    refiner.save(folder)
+    if space.settings.out is None:
+        return folder
+    refiner.save(space.settings.out)
+    return space.settings.out
 
 
 def _load(folder: Path, space: Workspace) -> Refiner:
@@ -415,14 +424,14 @@ def _report(
             "beta": refiner.beta,
             "late": refiner.late.value,
         },
-        split=None if measured is None else measured.split.value,
+        split=None if measured is None else measured.split,
         queries={split.value: len(judged) for split, judged in space.judged.queries.items()},
         measure=space.measure,
         measures={} if measured is None else measured.measures,
         strata={} if measured is None else measured.strata,
         regressions=() if measured is None else measured.regressions,
         late_rows=late,
-        group_overlap=None if measured is None else measured.evidence.group_overlap,
+        group_overlap=None if measured is None else measured.group_overlap,
         gate=decision,
         written=_written(Written.none(), None) if action == "refine" else None,
         notes=tuple(notes),

@@ -1,8 +1,9 @@
 """The refiner: moves stored vectors, in numpy alone.
 
-refined(x, row) = ‖x‖ · normalise(x̂ + α·f(x̂) + β·offset[row]), with x̂ = x / ‖x‖. The skip connection
-is SimSkip's (Liu, Kim and Bansal, arXiv:2404.08701); norms are kept, so an index that compares by
-dot product or Euclidean distance keeps its meaning.
+refined(x, row) = ‖x‖ · normalise(x̂ + alpha·f(x̂) + beta·offset[row]), with x̂ = x / ‖x‖.
+
+The skip connection is SimSkip's (Liu, Kim and Bansal, arXiv:2404.08701); norms are kept, so an
+index that compares by dot product or Euclidean distance keeps its meaning.
 """
 
 from __future__ import annotations
@@ -279,17 +280,23 @@ class Refiner:
 
 
 def _norms(x: Vectors) -> NDArray[np.float64]:
-    return np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+    norms: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
+    return norms
 
 
 def _check(refiner: Refiner) -> None:
     if refiner.dim < 1:
         raise DataError(f"dimension {refiner.dim} is not positive")
-    for name, weight in (("alpha", refiner.alpha), ("beta", refiner.beta)):
-        if not (math.isfinite(weight) and weight >= 0):
-            raise DataError(f"{name} is {weight}, not a finite number of at least 0")
-    width = refiner.dim
-    for weight, bias in refiner.layers:
+    for name, factor in (("alpha", refiner.alpha), ("beta", refiner.beta)):
+        if not (math.isfinite(factor) and factor >= 0):
+            raise DataError(f"{name} is {factor}, not a finite number of at least 0")
+    _check_layers(refiner.layers, refiner.dim)
+    _check_offsets(refiner.offset_ids, refiner.offsets, refiner.dim)
+
+
+def _check_layers(layers: tuple[Layer, ...], dim: int) -> None:
+    width = dim
+    for weight, bias in layers:
         if weight.dtype != np.float32 or bias.dtype != np.float32:
             raise DataError(f"layers are {weight.dtype} and {bias.dtype}, not float32")
         if weight.ndim != 2 or weight.shape[1] != width or bias.shape != weight.shape[:1]:
@@ -297,13 +304,15 @@ def _check(refiner: Refiner) -> None:
         if not (np.isfinite(weight).all() and np.isfinite(bias).all()):
             raise DataError("the layers hold numbers that are not finite")
         width = len(bias)
-    if width != refiner.dim:
-        raise DataError(f"the layers end at width {width}, not at dimension {refiner.dim}")
-    ids, offsets = refiner.offset_ids, refiner.offsets
-    if offsets.shape != (len(ids), refiner.dim) or offsets.dtype != np.float32:
-        raise DataError(f"offsets of shape {offsets.shape} for {len(ids)} ids of {refiner.dim}")
+    if width != dim:
+        raise DataError(f"the layers end at width {width}, not at dimension {dim}")
+
+
+def _check_offsets(ids: Ids, offsets: Vectors, dim: int) -> None:
     if ids.ndim != 1 or ids.dtype.kind not in "iuU":
         raise DataError(f"offset ids are {ids.dtype}, not integers or strings")
+    if offsets.shape != (len(ids), dim) or offsets.dtype != np.float32:
+        raise DataError(f"offsets of shape {offsets.shape} for {len(ids)} ids of dimension {dim}")
     if not np.isfinite(offsets).all():
         raise DataError("the offsets hold numbers that are not finite")
     if not (ids[1:] > ids[:-1]).all():

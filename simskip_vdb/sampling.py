@@ -64,7 +64,8 @@ class Step:
         pairs: Anchor and column of each positive, shape (2, p).
         weights: Weight of each positive, shape (p,).
         ignore: Where a column is the anchor itself, shape (b, c).
-        pseudo: Unit pseudo-queries for distillation, shape (e, d).
+        pseudo: Unit pseudo-queries near rows that no judgment points to, shape (b, d) or (0, d).
+        unjudged_share: Part of all rows that no judgment points to.
         metric: How the index compares.
         temperature: τ.
         query_norms: Norms of the anchors in units of a typical row's, shape (b,).
@@ -79,6 +80,7 @@ class Step:
     weights: Tensor
     ignore: Tensor
     pseudo: Tensor
+    unjudged_share: float
     metric: Metric
     temperature: float
     query_norms: Tensor
@@ -151,7 +153,7 @@ class Sampler:
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
-        self.unjudged_share = float(self._unjudged.sum() / len(self._rows))
+        self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
         sample = rng.choice(self._rows, min(NORM_SAMPLE, len(self._rows)), replace=False)
         self._typical_norm = float(np.linalg.norm(_take(problem.vectors, sample), axis=1).mean())
 
@@ -185,6 +187,7 @@ class Sampler:
             weights=weights,
             ignore=ignore,
             pseudo=self._pseudo(queries, raw, targets, columns),
+            unjudged_share=self._unjudged_share,
             metric=self._problem.metric,
             temperature=QUERY_TEMPERATURE if self._by_queries else ROW_TEMPERATURE,
             query_norms=query_norms / self._typical_norm,

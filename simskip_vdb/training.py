@@ -23,7 +23,7 @@ except ImportError as error:
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
 from simskip_vdb.sampling import Problem as Problem
-from simskip_vdb.sampling import Sampler
+from simskip_vdb.sampling import Sampler, Step
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
@@ -192,30 +192,11 @@ def _train(
             batch, order = order[: settings.batch_size], order[settings.batch_size :]
 
             if sampler is None:
-                x = torch.as_tensor(problem.vectors[batch], device=device)  # (b, d)
-                x = F.normalize(x, dim=1)
-                one, two = _view(x), _view(x)
+                x = F.normalize(torch.as_tensor(problem.vectors[batch], device=device), dim=1)
+                one, two = _view(x), _view(x)  # (b, d)
                 loss = nt_xent(project(one + f(one)), project(two + f(two)), VIEW_TEMPERATURE)
             else:
-                drawn = sampler.step(batch)
-                queries, raw = drawn.queries, drawn.raw  # (b, d), (c, d)
-                if settings.side is Side.BOTH:
-                    moves = f(torch.cat([queries, raw]))  # (b + c, d)
-                    queries = F.normalize(queries + moves[: len(queries)], dim=1)
-                    moves = moves[len(queries) :]
-                else:
-                    moves = f(raw)
-                refined = F.normalize(raw + moves + offsets(drawn.slots), dim=1)
-                keys = torch.where(drawn.left_raw[:, None], raw, refined)
-                scores = drawn.compare(queries, keys)  # (b, c)
-                loss = info_nce(scores, drawn.pairs, drawn.weights, drawn.ignore)
-                if len(drawn.pseudo):
-                    # Queries near rows without judgments must go on finding what they found.
-                    student = drawn.compare(drawn.pseudo, keys)
-                    teacher = drawn.compare(drawn.pseudo, raw)
-                    weight = DISTILLATION * sampler.unjudged_share
-                    loss = loss + weight * distillation(student, teacher)
-
+                loss = _contrast(sampler.step(batch), f, offsets, settings.side)
             if not torch.isfinite(loss):
                 raise FitError(
                     f"the loss is {loss.item()} at step {step} of {total}; lower the learning "
@@ -225,8 +206,7 @@ def _train(
             sparse.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             dense.step()
-            if m:
-                sparse.step()
+            sparse.step()  # type: ignore[no-untyped-call]
             progress(step, total, "fit")
 
             if step in (math.ceil(total / 2), total):
@@ -244,6 +224,25 @@ def _train(
                 )
                 snapshots.append(_Snapshot(steps=step, whole=whole))
     return snapshots
+
+
+def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:
+    """Compare anchors, raw or refined by `side`, with refined rows and raw competitors."""
+    queries, raw = step.queries, step.raw  # (b, d), (c, d)
+    if side is Side.BOTH:
+        moves = f(torch.cat([queries, raw]))  # (b + c, d)
+        queries = F.normalize(queries + moves[: len(queries)], dim=1)
+        moves = moves[len(queries) :]
+    else:
+        moves = f(raw)
+    refined = F.normalize(raw + moves + offsets(step.slots), dim=1)
+    keys = torch.where(step.left_raw[:, None], raw, refined)
+    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.ignore)
+    if len(step.pseudo):
+        # Queries near rows without judgments must go on finding what they found.
+        student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
+        loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
+    return loss
 
 
 def _view(x: Tensor) -> Tensor:

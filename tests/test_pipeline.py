@@ -287,6 +287,10 @@ def test_groups_need_no_queries(tmp_path: Path) -> None:
     assert report.queries["validation"] > 30
     assert report.group_overlap is not None
     assert report.split == "validation"
+    assert report.refiner is not None
+    settings = ss.Settings(refiner=Path(report.refiner["path"]))
+    with pytest.raises(DataError, match="learnt from"):
+        ss.evaluate(open_(case), ss.read_judgments(case.labels), settings)
 
 
 @pytest.mark.parametrize("signal", [Signal.NEIGHBOURS, Signal.AUGMENT])
