@@ -53,7 +53,8 @@ def projector(dim: int) -> nn.Sequential:
 
 
 def _fold(linear: nn.Linear, norm: nn.BatchNorm1d) -> Layer:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     bias = (linear.bias - norm.running_mean) * scale + norm.bias
     return _array(linear.weight * scale[:, None]), _array(bias)

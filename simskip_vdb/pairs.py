@@ -230,7 +230,7 @@ def neighbour_pairs(
     if len(rows) < 2:
         raise DataError(f"{len(rows)} rows can be used; neighbours need at least 2")
     found = nearest(vectors[anchors], vectors, rows, k=k + 1, device=device)  # (a, k + 1)
-    other: NDArray[np.bool_] = np.not_equal(found, anchors[:, None])
+    other = np.asarray(found != anchors[:, None])  # (a, k + 1)
     # Among many equal vectors an anchor may be missing from its own neighbours.
     other[other.all(axis=1), -1] = False
     sizes = np.zeros(len(vectors), dtype=np.int64)

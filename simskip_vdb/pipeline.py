@@ -135,7 +135,8 @@ def refine(
         refiner = _refiner(space, progress)
         _check_output(settings, refiner.side)
         if settings.dry_run:
-            report = _report(space, "refine", refiner, settings.refiner, validated(refiner))
+            measured = _described(space, refiner)
+            report = _report(space, "refine", refiner, settings.refiner, measured)
             return replace(report, forecast=_forecast(space, refiner))
         folder = _save(refiner, space)
         if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
@@ -299,6 +300,14 @@ def _mark_copy(
 def _refiner(space: Workspace, progress: Progress) -> Refiner:
     folder = space.settings.refiner
     return fit_or_recall(space, progress) if folder is None else _load(folder, space)
+
+
+def _described(space: Workspace, refiner: Refiner) -> Measured | None:
+    """Say what validation queries show of a refiner, without a look at test."""
+    if space.settings.refiner is None or refiner.info.get("learnt_from_validation"):
+        return validated(refiner)
+    measured = measure(space, refiner, Split.VALIDATION)
+    return None if measured is None else measured[0]
 
 
 def _save(refiner: Refiner, space: Workspace) -> Path:
