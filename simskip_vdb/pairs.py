@@ -169,7 +169,8 @@ def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPai
         DataError: No query has a relevant row that can be used.
     """
     query = queries.query_of_judgment()
-    sound = np.isfinite(queries.vectors).all(axis=1) & queries.vectors.any(axis=1)
+    norms = np.linalg.norm(queries.vectors, axis=1)
+    sound = np.isfinite(norms) & (norms > 0)
     kept = (queries.grades > 0) & usable[queries.rows] & sound[query]
     if not kept.any():
         raise DataError("no judged query has a relevant row in the index; check ids and grades")
@@ -230,7 +231,7 @@ def neighbour_pairs(
     if len(rows) < 2:
         raise DataError(f"{len(rows)} rows can be used; neighbours need at least 2")
     found = nearest(vectors[anchors], vectors, rows, k=k + 1, device=device)  # (a, k + 1)
-    other = np.asarray(found != anchors[:, None])  # (a, k + 1)
+    other = found != anchors[:, None]  # (a, k + 1)
     # Among many equal vectors an anchor may be missing from its own neighbours.
     other[other.all(axis=1), -1] = False
     sizes = np.zeros(len(vectors), dtype=np.int64)

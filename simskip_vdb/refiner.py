@@ -333,7 +333,8 @@ def _ids_to_numbers(ids: Ids) -> NDArray[Any]:
     """Return ids as safetensors can hold them: strings become their code points."""
     if ids.dtype.kind != "U":
         return np.ascontiguousarray(ids)
-    return np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), -1)
+    width = ids.dtype.itemsize // 4
+    return np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), width)
 
 
 def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Refiner:
@@ -341,6 +342,8 @@ def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
     dtype = np.dtype(settings["offset_ids"])
     if dtype.kind == "U":
         ids = np.ascontiguousarray(ids).view(dtype).reshape(len(ids))
+    elif dtype != ids.dtype:
+        raise TypeError(f"offset ids are {ids.dtype}, not {dtype}")
     return Refiner(
         dim=settings["dim"],
         side=Side(settings["side"]),
@@ -354,5 +357,5 @@ def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
         offset_ids=ids,
         offsets=tensors["offsets"],
         late=LateRule(settings["late"]),
-        info=settings["info"],
+        info=dict(settings["info"]),
     )

@@ -214,12 +214,10 @@ def _regressions(report: Mapping[str, Any]) -> str:
 def _findings(report: Mapping[str, Any]) -> str:
     lines = []
     for name, found in report["through_index"].items():
-        lines.append(
-            f"through the index: {name} {_optional(found['before'])} → {_optional(found['after'])}"
-        )
+        lines.append(f"through the index: {name} {_change(found)}")
     ann = report["ann_recall"]
     if ann is not None:
-        lines.append(f"ann_recall@10: {_optional(ann['before'])} → {_optional(ann['after'])}")
+        lines.append(f"ann_recall@10: {_change(ann)}")
     late = report["late_rows"]
     if late is not None:
         rule = {"raw": "left raw", "f": "refined by f"}[late["rule"]]
@@ -231,8 +229,10 @@ def _findings(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _optional(value: float | None) -> str:
-    return "–" if value is None else number(value)
+def _change(found: Mapping[str, float]) -> str:
+    """Write before and after, either of which may not have been measured."""
+    before, after = (number(found[when]) if when in found else "–" for when in ("before", "after"))
+    return f"{before} → {after}"
 
 
 def _forecast(report: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
 HARD_PER_STEP = 4
 NEIGHBOURS = 5  # positives of a row where nothing else is known
 NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
+MAX_OFFSETS = 250_000  # of more, each would be drawn too seldom to be learnt
 NORM_SAMPLE = 4096
 
 # Weight given to positives by nearness to the anchor, the rest evenly, so that a group tightens
@@ -135,6 +136,9 @@ class Sampler:
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
         self.anchors = self._pairs.anchors
+        most = settings.steps * settings.batch_size
+        if len(self.anchors) > most:
+            self.anchors = np.sort(rng.choice(self.anchors, most, replace=False))
         self._by_queries = signal is Signal.JUDGED
         self._hard = np.empty((len(self._pairs.vectors), 0), dtype=np.int64)
         self._unjudged = np.zeros(n, dtype=np.bool_)
@@ -151,6 +155,8 @@ class Sampler:
         elif signal is Signal.GROUPS:
             self.offset_rows = self._pairs.rows_with_anchors()
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
+        if len(self.offset_rows) > MAX_OFFSETS:
+            self.offset_rows = self.offset_rows[:0]
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
@@ -202,8 +208,9 @@ class Sampler:
         hard = self._hard[batch]
         hard = hard[:, self._rng.permutation(hard.shape[1])[:HARD_PER_STEP]]
         wanted = np.union1d(self._pairs.draw(batch, self._rng), hard)
-        others = self._rng.choice(self._rows, max(size - len(wanted), 0), replace=False)
-        return np.union1d(wanted, others)
+        count = max(size - len(wanted), 0)
+        others = self._rng.choice(len(self._rows), count, replace=False, shuffle=False)
+        return np.union1d(wanted, self._rows[others])
 
     def _pseudo(self, queries: Tensor, raw: Tensor, targets: Targets, columns: Positions) -> Tensor:
         """Return rows that no judgment points to, each moved as a query is from its row."""

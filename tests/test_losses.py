@@ -21,7 +21,7 @@ def slow_nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> float:
 
     def s(i: int, j: int) -> float:
         dot = sum(a * b for a, b in zip(views[i], views[j], strict=True))
-        return dot / math.hypot(*views[i]) / math.hypot(*views[j])
+        return float(dot) / math.hypot(*views[i]) / math.hypot(*views[j])
 
     def loss(i: int, j: int) -> float:
         others = sum(math.exp(s(i, k) / temperature) for k in range(2 * n) if k != i)
@@ -34,7 +34,7 @@ def slow_info_nce(
     scores: Tensor, positives: dict[tuple[int, int], float], ignored: set[tuple[int, int]]
 ) -> float:
     """One positive at a time against the anchor's negatives."""
-    b, c = scores.shape
+    c = scores.shape[1]
     total = 0.0
     for (i, j), weight in positives.items():
         negatives = sum(
@@ -123,9 +123,7 @@ def test_distillation_is_the_divergence_from_the_teacher(rng: np.random.Generato
     student, teacher = normal(rng, 3, 4), normal(rng, 3, 4)
     p, q = teacher.exp(), student.exp()
     p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True)
-    expected = sum(
-        float(p[i, j]) * math.log(p[i, j] / q[i, j]) for i in range(3) for j in range(4)
-    )
+    expected = sum(float(p[i, j]) * math.log(p[i, j] / q[i, j]) for i in range(3) for j in range(4))
     assert distillation(student, teacher).item() == pytest.approx(expected / 3)
     assert distillation(teacher + 5, teacher).item() == pytest.approx(0, abs=1e-12)
 

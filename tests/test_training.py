@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from simskip_vdb import sampling, training
+from simskip_vdb.config import FitSettings, Signal
+from simskip_vdb.datatypes import JudgedQueries, Metric, Side, Vectors
+from simskip_vdb.errors import DataError, FitError
+from simskip_vdb.model import Residual
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.sampling import Sampler
+from simskip_vdb.training import Plan, Problem, fit_refiner
+
+ROWS, QUERIES, DIM, GROUPS = 240, 120, 16, 8
+QUICK = FitSettings(steps=30, batch_size=64)
+
+
+def make_problem(seed: int = 3, noise: float = 0.6) -> Problem:
+    """Rows in groups, and queries displaced from their group's rows by one common shift."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(GROUPS, DIM))
+    groups = rng.integers(0, GROUPS, ROWS)
+    vectors = centres[groups] + noise * rng.normal(size=(ROWS, DIM))
+    topics = rng.integers(0, GROUPS, QUERIES)
+    queries = centres[topics] + 2.0 * rng.normal(size=DIM) + noise * rng.normal(size=(QUERIES, DIM))
+    relevant = [np.flatnonzero(groups == topic) for topic in topics]
+    rows = np.concatenate(relevant)
+    judged = JudgedQueries(
+        ids=tuple(f"q{i}" for i in range(QUERIES)),
+        vectors=queries.astype(np.float32),
+        indptr=np.concatenate([[0], np.cumsum([len(one) for one in relevant])]).astype(np.int64),
+        rows=rows,
+        grades=np.ones(len(rows), dtype=np.int32),
+    )
+    return Problem(
+        vectors=(3 * vectors).astype(np.float32),
+        ids=rng.permutation(10 * ROWS)[:ROWS],
+        metric=Metric.COSINE,
+        queries=judged,
+        groups=groups,
+        usable=np.ones(ROWS, dtype=np.bool_),
+    )
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return make_problem()
+
+
+def split(problem: Problem) -> tuple[Problem, JudgedQueries]:
+    assert problem.queries is not None
+    fit = np.arange(QUERIES) % 2 == 0
+    return replace(problem, queries=problem.queries.subset(fit)), problem.queries.subset(~fit)
+
+
+def precision(problem: Problem, held: JudgedQueries) -> Callable[[Refiner], float]:
+    """Precision at 10 of queries the fit did not see, by cosine."""
+
+    def validate(refiner: Refiner) -> float:
+        rows = refiner.refine_rows(problem.vectors, problem.ids, problem.late)
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        top = np.argsort(-(refiner(held.vectors) @ rows.T), axis=1)[:, :10]
+        found = [
+            np.isin(top[i], held.rows[held.indptr[i] : held.indptr[i + 1]])
+            for i in range(len(held))
+        ]
+        return float(np.mean(found))
+
+    return validate
+
+
+def never(refiner: Refiner) -> float:
+    raise AssertionError("a plan leaves nothing to choose")
+
+
+@pytest.mark.parametrize("side", list(Side))
+def test_judged_queries_lift_queries_that_were_not_seen(problem: Problem, side: Side) -> None:
+    fit, held = split(problem)
+    validate = precision(fit, held)
+    fitted = fit_refiner(fit, replace(QUICK, side=side, steps=60), validate)
+    before, after = validate(Refiner.identity(DIM)), validate(fitted.refiner)
+    assert fitted.signal is Signal.JUDGED
+    assert after > before + 0.1
+    assert fitted.trials[0].score == before
+    assert max(trial.score for trial in fitted.trials) == after
+    assert fitted.refiner.side is side
+
+
+def test_groups_lift_precision() -> None:
+    problem = make_problem(noise=1.2)
+    held = np.arange(ROWS) % 5 == 0
+    fit = replace(problem, queries=None, usable=~held)
+    assert problem.groups is not None
+    groups = problem.groups
+
+    def validate(refiner: Refiner) -> float:
+        rows = refiner.refine_rows(problem.vectors, problem.ids)
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        scores = np.where(held, -np.inf, problem.vectors[held] @ rows.T)
+        top = np.argsort(-scores, axis=1)[:, :10]
+        return float((groups[top] == groups[held][:, None]).mean())
+
+    fitted = fit_refiner(fit, QUICK, validate)
+    assert fitted.signal is Signal.GROUPS
+    assert validate(fitted.refiner) > validate(Refiner.identity(DIM)) + 0.02
+    assert not np.isin(problem.ids[held], fitted.refiner.offset_ids).any()
+
+
+@pytest.mark.parametrize("signal", [Signal.NEIGHBOURS, Signal.AUGMENT])
+def test_label_free_signals_move_rows_by_f_alone(problem: Problem, signal: Signal) -> None:
+    alone = replace(problem, queries=None, groups=None)
+    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+    fitted = fit_refiner(alone, replace(QUICK, signal=signal), never, plan=plan)
+    assert not len(fitted.refiner.offset_ids)
+    moved = fitted.refiner.refine_rows(problem.vectors, problem.ids)
+    assert not np.allclose(moved, problem.vectors, atol=1e-3)
+
+
+def test_auto_without_queries_or_groups_takes_neighbours(problem: Problem) -> None:
+    alone = replace(problem, queries=None, groups=None)
+    fitted = fit_refiner(alone, replace(QUICK, steps=2), lambda refiner: 0.0)
+    assert fitted.signal is Signal.NEIGHBOURS
+
+
+def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
+    def validate(refiner: Refiner) -> float:
+        return 0.5 if refiner.is_identity else 0.5 - refiner.alpha
+
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    assert fitted.refiner.is_identity
+    assert fitted.plan.alpha == fitted.plan.beta == 0
+    assert len(fitted.trials) <= 40
+
+
+def test_scan_finds_alpha_without_beta_and_beta_without_alpha(problem: Problem) -> None:
+    for alpha, beta in ((0.5, 0.0), (0.0, 0.75)):
+
+        def validate(refiner: Refiner, alpha: float = alpha, beta: float = beta) -> float:
+            return -abs(refiner.alpha - alpha) - abs(refiner.beta - beta)
+
+        refiner = fit_refiner(problem, replace(QUICK, steps=2), validate).refiner
+        assert (refiner.alpha, refiner.beta) == (alpha, beta)
+        assert bool(refiner.layers) == (alpha > 0)
+        assert bool(len(refiner.offset_ids)) == (beta > 0)
+
+
+def test_same_seed_same_refiner(problem: Problem) -> None:
+    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=0.5)
+    state = torch.random.get_rng_state()
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+    threads = torch.get_num_threads()
+    one, two, other = (
+        fit_refiner(problem, replace(QUICK, seed=seed), never, plan=plan).refiner
+        for seed in (1, 1, 2)
+    )
+    assert one.id == two.id
+    assert one.id != other.id
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert str(np.random.get_state(legacy=False)) == str(numpy_state)  # noqa: NPY002
+    assert torch.get_num_threads() == threads
+
+
+def test_plan_repeats_the_choices_of_a_fit(problem: Problem) -> None:
+    fit, held = split(problem)
+    fitted = fit_refiner(fit, QUICK, precision(fit, held))
+    again = fit_refiner(fit, QUICK, never, plan=fitted.plan)
+    assert again.refiner.id == fitted.refiner.id
+    assert again.trials == ()
+
+
+def test_late_rows_have_no_offset_and_never_move(problem: Problem) -> None:
+    late = np.arange(ROWS) % 10 == 0
+    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+    refiner = fit_refiner(replace(problem, late=late), QUICK, never, plan=plan).refiner
+    assert not np.isin(problem.ids[late], refiner.offset_ids).any()
+    moved = refiner.refine_rows(problem.vectors, problem.ids, late)
+    assert np.array_equal(moved[late], problem.vectors[late])
+    assert (moved[~late] != problem.vectors[~late]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) -> None:
+    queries = problem.queries
+    assert queries is not None
+    one = replace(problem, metric=metric)
+    rng = np.random.default_rng(0)
+    settings = replace(QUICK, raw_share=0.0)
+    step = Sampler(one, Signal.JUDGED, settings, rng, "cpu").step(np.arange(20))
+    scores = step.compare(step.queries, step.raw).numpy() * step.temperature
+    q, x = queries.vectors[:20], problem.vectors
+    norms = np.linalg.norm(x, axis=1)
+    size = norms.mean()
+    unit = q / np.linalg.norm(q, axis=1, keepdims=True)
+    expected = {
+        Metric.COSINE: unit @ (x / norms[:, None]).T,
+        Metric.DOT: unit @ x.T / size,
+        Metric.EUCLID: -((q[:, None] - x[None]) ** 2).sum(axis=2) / 2 / size**2,
+    }[metric]
+    # Softmax does not see what all columns of an anchor share.
+    differences = scores - scores[:, :1]
+    np.testing.assert_allclose(differences, expected - expected[:, :1], atol=1e-4)
+
+
+@pytest.mark.parametrize("metric", [Metric.DOT, Metric.EUCLID])
+def test_other_metrics_fit_too(problem: Problem, metric: Metric) -> None:
+    fit, held = split(replace(problem, metric=metric))
+    validate = precision(fit, held)
+    refiner = fit_refiner(fit, QUICK, validate).refiner
+    assert validate(refiner) > validate(Refiner.identity(DIM)) + 0.1
+
+
+def test_columns_hold_positives_hard_negatives_and_usable_rows(problem: Problem) -> None:
+    usable = np.arange(ROWS) % 7 != 0
+    settings = replace(QUICK, columns=60, batch_size=4)
+    rng = np.random.default_rng(0)
+    sampler = Sampler(replace(problem, usable=usable), Signal.JUDGED, settings, rng, "cpu")
+    whole = problem.vectors / np.linalg.norm(problem.vectors, axis=1, keepdims=True)
+    for _ in range(10):
+        step = sampler.step(np.array([3, 8, 50, 7]))
+        columns = np.argmax(step.raw.numpy() @ whole.T, axis=1)
+        assert len(set(columns.tolist())) == len(columns)
+        assert 40 <= len(columns) <= 60
+        assert usable[columns].all()
+        assert set(step.pairs[0].tolist()) == {0, 1, 2, 3}
+        assert step.weights.sum().item() == pytest.approx(4)
+
+
+def test_anchors_that_are_rows_ignore_themselves(problem: Problem) -> None:
+    sampler = Sampler(problem, Signal.GROUPS, QUICK, np.random.default_rng(0), "cpu")
+    batch = np.array([5, 9])
+    step = sampler.step(batch)
+    anchor, column = step.ignore.nonzero(as_tuple=True)
+    assert anchor.tolist() == [0, 1]
+    assert column.tolist() == batch.tolist()
+    assert step.weights[step.pairs[0] == 0].sum().item() == pytest.approx(1)
+
+
+def test_near_positives_weigh_more(problem: Problem) -> None:
+    sampler = Sampler(problem, Signal.GROUPS, QUICK, np.random.default_rng(0), "cpu")
+    step = sampler.step(np.array([5]))
+    cosine = (step.raw @ step.queries[0])[step.pairs[1]]
+    order = cosine.argsort()
+    assert (step.weights[order].diff() >= 0).all()
+    floor = (1 - sampling.NEAR_SHARE) / len(order)
+    assert step.weights.min().item() == pytest.approx(floor, rel=0.1)
+
+
+def test_pseudo_queries_lie_near_rows_without_judgments(problem: Problem) -> None:
+    queries = problem.queries
+    assert queries is not None
+    few = queries.subset(np.isin(queries.rows[queries.indptr[:-1]], queries.rows[:1]))
+    sampler = Sampler(
+        replace(problem, queries=few), Signal.JUDGED, QUICK, np.random.default_rng(0), "cpu"
+    )
+    step = sampler.step(np.arange(len(few)))
+    judged = np.isin(np.arange(ROWS), few.rows)
+    assert step.unjudged_share == pytest.approx((~judged).mean())
+    assert len(step.pseudo) == len(few)
+    everything = Sampler(problem, Signal.JUDGED, QUICK, np.random.default_rng(0), "cpu")
+    assert everything.step(np.arange(4)).pseudo.shape == (0, DIM)
+
+
+def test_memory_map_gives_the_same_refiner(problem: Problem, tmp_path: object) -> None:
+    path = f"{tmp_path}/rows.npy"
+    np.save(path, problem.vectors)
+    mapped: Vectors = np.load(path, mmap_mode="r")
+    plan = Plan(steps=5, alpha=1.0, beta=1.0)
+    quick = replace(QUICK, steps=5, columns=100)
+    one = fit_refiner(problem, quick, never, plan=plan).refiner
+    two = fit_refiner(replace(problem, vectors=mapped), quick, never, plan=plan).refiner
+    assert one.id == two.id
+
+
+def test_folded_layers_equal_torch(rng: np.random.Generator) -> None:
+    torch.manual_seed(0)
+    f = Residual(DIM, 0.3)
+    with torch.no_grad():
+        f.last.weight.normal_(std=0.3)
+        for norm in (f.down_norm, f.up_norm):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.normal_()
+    x = torch.as_tensor(rng.normal(size=(200, DIM)), dtype=torch.float32)
+    x = torch.nn.functional.normalize(x, dim=1)
+    for _ in range(5):
+        f(x)
+    f.eval()
+    refiner = Refiner(dim=DIM, side=Side.DOCS, metric=Metric.COSINE, alpha=0.5, layers=f.folded())
+    expected = torch.nn.functional.normalize(x + 0.5 * f(x), dim=1).detach().numpy()
+    found = refiner.refine_rows(x.numpy(), np.arange(200))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - x.numpy()).max() > 0.1
+
+
+def test_f_starts_at_zero() -> None:
+    assert not Residual(1, 0.0)(torch.ones(4, 1)).any()
+    assert not Residual(DIM, 0.3)(torch.rand(4, DIM)).any()
+
+
+def test_progress_counts_every_step(problem: Problem) -> None:
+    seen: list[tuple[int, int, str]] = []
+    plan = Plan(steps=3, alpha=1.0, beta=1.0)
+    fit_refiner(
+        problem,
+        replace(QUICK, steps=3),
+        never,
+        progress=lambda *event: seen.append(event),
+        plan=plan,
+    )
+    assert seen == [(1, 3, "fit"), (2, 3, "fit"), (3, 3, "fit")]
+
+
+def test_a_loss_that_is_not_finite_stops(problem: Problem) -> None:
+    vectors: NDArray[np.float32] = problem.vectors.copy()
+    vectors[0, 0] = np.nan
+    with pytest.raises(FitError, match="the loss is nan at step 1"):
+        fit_refiner(replace(problem, vectors=vectors), QUICK, lambda refiner: 0.0)
+
+
+@pytest.mark.parametrize("signal", [Signal.JUDGED, Signal.GROUPS])
+def test_a_signal_that_is_not_there_is_refused(problem: Problem, signal: Signal) -> None:
+    alone = replace(problem, queries=None, groups=None)
+    with pytest.raises(DataError, match="there are none"):
+        fit_refiner(alone, replace(QUICK, signal=signal), lambda refiner: 0.0)
+
+
+def test_one_usable_row_is_refused(problem: Problem) -> None:
+    usable = np.arange(ROWS) == 4
+    with pytest.raises(DataError, match="1 rows can be used"):
+        fit_refiner(replace(problem, usable=usable), QUICK, lambda refiner: 0.0)
+
+
+def test_missing_torch_names_the_extra() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from simskip_vdb.errors import MissingDependencyError\n"
+        "try:\n    import simskip_vdb.training\n"
+        "except MissingDependencyError as error:\n    print(error.package, error.extra)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch", "fit"]
+
+
+def test_auto_device_is_one_that_exists() -> None:
+    assert training._device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert training._device("cpu") == "cpu"
