@@ -252,7 +252,7 @@ class Refiner:
         self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]
     ) -> Vectors:
         norms = _norms(x)
-        move = move & np.isfinite(norms) & (norms > 0)
+        move = move & (norms > 0)
         with np.errstate(invalid="ignore", over="ignore"):
             unit = (x / np.where(move, norms, 1.0)[:, None]).astype(np.float32)
             refined = unit

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +36,7 @@ MIN_STEPS = 60
 EPOCHS = 40  # few anchors would be learnt by heart in more
 
 # Weight of distillation where no row is judged; it falls with the share of rows that are.
-DISTILLATION = 3.0
+DISTILLATION = 10.0
 
 # Settings of the label-free views; the paper's are unknown.
 MASK_RATE = 0.1
@@ -100,7 +102,8 @@ def fit_refiner(
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
-    snapshots = _train(problem, settings, signal, progress)
+    with _few_threads():
+        snapshots = _train(problem, settings, signal, progress)
     if plan is None:
         trials = _scan(snapshots, validate)
         best = max(trials, key=lambda trial: trial.score)  # the first of equals: the identity
@@ -186,8 +189,10 @@ def _train(
         sparse = torch.optim.SparseAdam(offsets.parameters())
         for step in range(1, total + 1):
             for group in (*dense.param_groups, *sparse.param_groups):
-                group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * step / total)) / 2
-            if not len(order):
+                group["lr"] = (
+                    settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
+                )
+            if len(order) < min(settings.batch_size, len(anchors)):
                 order = rng.permutation(anchors)
             batch, order = order[: settings.batch_size], order[settings.batch_size :]
 
@@ -243,6 +248,21 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
+
+
+@contextmanager
+def _few_threads() -> Iterator[None]:
+    """Use half the cores while torch works.
+
+    Threads of its pool spin while they wait for each other: on two cores beside another busy
+    process, two threads took fifteen times as long as one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _view(x: Tensor) -> Tensor:

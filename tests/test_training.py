@@ -124,6 +124,12 @@ def test_label_free_signals_move_rows_by_f_alone(problem: Problem, signal: Signa
     assert not np.allclose(moved, problem.vectors, atol=1e-3)
 
 
+def test_an_odd_row_at_the_end_of_an_epoch_is_no_batch_of_its_own(problem: Problem) -> None:
+    settings = replace(QUICK, steps=3, batch_size=ROWS - 1, signal=Signal.AUGMENT)
+    fitted = fit_refiner(problem, settings, lambda refiner: 0.0)
+    assert fitted.refiner.is_identity
+
+
 def test_auto_without_queries_or_groups_takes_neighbours(problem: Problem) -> None:
     alone = replace(problem, queries=None, groups=None)
     fitted = fit_refiner(alone, replace(QUICK, steps=2), lambda refiner: 0.0)
@@ -184,6 +190,43 @@ def test_late_rows_have_no_offset_and_never_move(problem: Problem) -> None:
     moved = refiner.refine_rows(problem.vectors, problem.ids, late)
     assert np.array_equal(moved[late], problem.vectors[late])
     assert (moved[~late] != problem.vectors[~late]).any(axis=1).all()
+
+
+def test_late_and_raw_competitors_are_left_raw(problem: Problem) -> None:
+    late = np.arange(ROWS) % 10 == 0
+    for share, least, most in ((0.0, 0.1, 0.1), (0.5, 0.5, 0.6)):
+        settings = replace(QUICK, raw_share=share)
+        rng = np.random.default_rng(0)
+        step = Sampler(replace(problem, late=late), Signal.GROUPS, settings, rng, "cpu").step(
+            np.arange(4)
+        )
+        left = step.left_raw.numpy()  # every row is a column
+        assert left[late].all()
+        assert least <= left.mean() <= most
+
+
+def test_both_sides_train_another_f(problem: Problem) -> None:
+    plan = Plan(steps=5, alpha=1.0, beta=0.0)
+    docs, both = (
+        fit_refiner(problem, replace(QUICK, steps=5, side=side), never, plan=plan).refiner
+        for side in (Side.DOCS, Side.BOTH)
+    )
+    assert not np.allclose(docs.layers[-1][0], both.layers[-1][0])
+
+
+def test_distillation_keeps_what_pseudo_queries_find(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problem.queries is not None
+    few = replace(problem, queries=problem.queries.subset(np.arange(QUERIES) < 2))
+    moved = []
+    for weight in (0.0, 10.0):
+        monkeypatch.setattr(training, "DISTILLATION", weight)
+        plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+        refiner = fit_refiner(few, QUICK, never, plan=plan).refiner
+        after = refiner.refine_rows(problem.vectors, problem.ids)
+        moved.append(np.linalg.norm(after - problem.vectors))
+    assert moved[1] < 0.9 * moved[0]
 
 
 @pytest.mark.parametrize("metric", list(Metric))
