@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from tqdm import tqdm
 
 from simskip_vdb import __version__
+from simskip_vdb.bars import Bars
 from simskip_vdb.errors import ConfigError, SimskipError
 from simskip_vdb.judgments import RULES
 
@@ -178,7 +178,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
     """
     from simskip_vdb.demo import run_demo
 
-    with _Bars() as bars:
+    with Bars() as bars:
         result = run_demo(out, seed=seed, progress=bars, say=_say(as_json))
     if as_json:
         _print_json(result)
@@ -194,7 +194,7 @@ def inspect(index: str, state: Path | None, as_json: bool) -> None:
     from simskip_vdb.inspection import inspect as look
     from simskip_vdb.inspection import render
 
-    with _Bars() as bars:
+    with Bars() as bars:
         result = look(open_store(index, read_only=True), state, progress=bars)
     _print(result, render, as_json)
 
@@ -215,7 +215,7 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
     from simskip_vdb.report import render
 
     store, judgments, settings = _prepare(index, options)
-    with _Bars() as bars:
+    with Bars() as bars:
         report = pipeline.fit(store, judgments, settings, progress=bars)
     _print(report.to_dict(), render, as_json)
 
@@ -248,7 +248,7 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 
     on = Split(options.pop("on"))
     store, judgments, settings = _prepare(index, options)
-    with _Bars() as bars:
+    with Bars() as bars:
         report = pipeline.evaluate(store, judgments, settings, on=on, progress=bars)
     _print(report.to_dict(), render, as_json)
 
@@ -294,7 +294,7 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     from simskip_vdb.report import render
 
     store, judgments, settings = _prepare(index, options, read_only=bool(options.get("dry_run")))
-    with _Bars() as bars:
+    with Bars() as bars:
         report = pipeline.refine(store, judgments, settings, progress=bars)
     _print(report.to_dict(), render, as_json)
     return report.exit_code
@@ -314,7 +314,7 @@ def rollback(index: str, state: Path | None, as_json: bool) -> None:
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_rollback
 
-    with _Bars() as bars:
+    with Bars() as bars:
         result = pipeline.rollback(open_store(index), state=state, progress=bars)
     _print(result, render_rollback, as_json)
 
@@ -384,31 +384,3 @@ def _print_json(result: Mapping[str, Any]) -> None:
 
 def _say(as_json: bool) -> Callable[[str], None]:
     return lambda text: click.echo(text, err=as_json)
-
-
-class _Bars:
-    """A progress bar for each stage, on a terminal only."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm[Any] | None = None
-        self._stage = ""
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage != self._stage or self._bar is None or done < self._bar.n:
-            self._close()
-            self._stage = stage
-            self._bar = tqdm(
-                desc=stage, total=total, unit_scale=True, disable=None, delay=0.5, leave=False
-            )
-        self._bar.update(done - self._bar.n)
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

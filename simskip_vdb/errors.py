@@ -6,7 +6,7 @@
     ├ DataError(ValueError)               1   NaN, duplicate id, wrong dimension, no positives
     ├ StoreError                          1   carries the URI without secrets
     │ ├ StoreNotFoundError
-    │ ├ UnsupportedIndexError                 why it cannot be refined, and what would make it possible
+    │ ├ UnsupportedIndexError                 why not, and what would make it possible
     │ ├ StoreChangedError                     somebody else wrote to it meanwhile
     │ ├ VerificationError                     what was read back is not what was written
     │ └ TransientStoreError             4     retries exhausted; the same command resumes

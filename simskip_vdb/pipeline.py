@@ -9,10 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
-from simskip_vdb.durable import free_bytes
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.fitting import describe, fit_or_recall, validated
 from simskip_vdb.gate import Decision, decide
@@ -24,6 +21,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written, fingerprint, recover, write, write_copy
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import Report
+from simskip_vdb.reporting import build_report, forecast, summarise, written_part
 from simskip_vdb.store import VectorStore
 from simskip_vdb.workspace import Settings, Workspace, open_workspace, state_folder
 
@@ -56,7 +54,7 @@ def fit(
     with open_workspace(store, judgments, settings, progress) as space:
         refiner = fit_or_recall(space, progress)
         folder = _save(refiner, space)
-        return _report(space, "fit", refiner, folder, validated(refiner))
+        return build_report(space, "fit", refiner, folder, validated(refiner))
 
 
 def evaluate(
@@ -104,7 +102,7 @@ def evaluate(
             through.look("after", store, refiner)
         else:
             through.look("before", store, None)
-        report = _report(space, "evaluate", refiner, folder, measured[0])
+        report = build_report(space, "evaluate", refiner, folder, measured[0])
         return replace(report, through_index=through.measures, ann_recall=through.ann)
 
 
@@ -136,19 +134,19 @@ def refine(
         _check_output(settings, refiner.side)
         if settings.dry_run:
             measured = _described(space, refiner)
-            report = _report(space, "refine", refiner, settings.refiner, measured)
-            return replace(report, forecast=_forecast(space, refiner))
+            report = build_report(space, "refine", refiner, settings.refiner, measured)
+            return replace(report, forecast=forecast(space, refiner))
         folder = _save(refiner, space)
         if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
-            report = _report(space, "refine", refiner, folder, None)
+            report = build_report(space, "refine", refiner, folder, None)
             note = "the index holds exactly this refinement already; nothing to do"
-            return replace(report, notes=(note,), written=_written(Written.none(), None))
+            return replace(report, notes=(note,), written=written_part(Written.none(), None))
         if refiner.is_identity:
             decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
-            return _report(space, "refine", refiner, folder, validated(refiner), decision)
+            return build_report(space, "refine", refiner, folder, validated(refiner), decision)
         measured, evidence = measure(space, refiner, Split.TEST) or (None, None)
         decision = decide(evidence, accept_unmeasured=settings.accept_unmeasured)
-        report = _report(space, "refine", refiner, folder, measured, decision)
+        report = build_report(space, "refine", refiner, folder, measured, decision)
         return _reindex(space, refiner, report, progress) if decision.passed else report
 
 
@@ -224,7 +222,7 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
     """Write, verify, and let the candidate's ann_recall have the last word."""
     assert report.gate is not None
     output = space.settings.output
-    summary = _summary(space, refiner, report)
+    summary = summarise(space, refiner, report)
     through = ThroughIndex(space, refiner, Split.TEST)
     with space.timed("evaluate"):
         through.look("before", space.store, None)
@@ -267,7 +265,7 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
         gate=gate,
         through_index=through.measures,
         ann_recall=through.ann,
-        written=_written(written, output),
+        written=written_part(written, output),
         seconds=dict(space.seconds),
     )
 
@@ -356,93 +354,3 @@ def _no_gain(refiner: Refiner, space: Workspace) -> str:
     if space.settings.refiner is not None:
         return "this refiner changes nothing"
     return f"no gain: {describe(refiner.info)}"
-
-
-def _forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
-    start = time.perf_counter()
-    for first, block in space.rows.blocks():
-        space.refined(refiner, first, block)
-        break
-    blocks = -(-len(space.rows) // 8192)
-    apply = (time.perf_counter() - start) * blocks
-    places = np.flatnonzero(space.usable)[:: max(1, len(space.rows) // 5)][:5]
-    before = space.rows.take(places)
-    after = refiner.refine_rows(before, space.rows.ids[places])
-    return {
-        "rows": len(space.rows),
-        # Written and read back once, beside the rows' own read.
-        "seconds": apply + 3 * space.seconds["read"],
-        "originals_bytes": space.rows.path.stat().st_size,
-        "free_bytes": free_bytes(state_folder(space.store, space.settings.state)),
-        "samples": [
-            {"id": int(row), "before": was[:4].tolist(), "after": now[:4].tolist()}
-            for row, was, now in zip(space.rows.ids[places], before, after, strict=True)
-        ],
-    }
-
-
-def _written(written: Written, output: Path | None) -> dict[str, Any]:
-    path = None if output is None else str(output)
-    return {"rows": written.rows, "skipped": written.skipped, "mode": written.mode, "path": path}
-
-
-def _summary(space: Workspace, refiner: Refiner, report: Report) -> dict[str, Any]:
-    """Return what `status` will show of this write."""
-    assert report.gate is not None
-    summary: dict[str, Any] = {"side": refiner.side.value, "rows": len(space.rows)}
-    if report.gate.unmeasured:
-        return {**summary, "evidence": "unmeasured"}
-    found = report.measures[space.measure]
-    return {
-        **summary,
-        "evidence": "measured",
-        "measure": space.measure,
-        **{name: found[name] for name in ("before", "after", "delta", "ci95", "p", "queries")},
-        "look": report.gate.look,
-    }
-
-
-def _report(
-    space: Workspace,
-    action: str,
-    refiner: Refiner,
-    folder: Path | None,
-    measured: Measured | None,
-    decision: Decision | None = None,
-) -> Report:
-    late = refiner.info.get("late_rows")
-    bad = int((~space.usable).sum())
-    notes = [
-        f"{note.count:,} {note.what} ({note.source}), such as {', '.join(note.examples)}"
-        for note in space.judged.notes
-    ]
-    if bad:
-        notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
-    return Report(
-        action=action,
-        index=space.info.uri,
-        kind=space.info.kind,
-        rows=space.info.count,
-        dim=space.info.dim,
-        metric=space.info.metric.value,
-        side=refiner.side.value,
-        refiner={
-            "id": refiner.id,
-            "path": None if folder is None else str(folder),
-            "alpha": refiner.alpha,
-            "beta": refiner.beta,
-            "late": refiner.late.value,
-        },
-        split=None if measured is None else measured.split,
-        queries={split.value: len(judged) for split, judged in space.judged.queries.items()},
-        measure=space.measure,
-        measures={} if measured is None else measured.measures,
-        strata={} if measured is None else measured.strata,
-        regressions=() if measured is None else measured.regressions,
-        late_rows=late,
-        group_overlap=None if measured is None else measured.group_overlap,
-        gate=decision,
-        written=_written(Written.none(), None) if action == "refine" else None,
-        notes=tuple(notes),
-        seconds=dict(space.seconds),
-    )

@@ -1,0 +1,119 @@
+"""Put what a run found into a report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simskip_vdb.durable import free_bytes
+from simskip_vdb.gate import Decision
+from simskip_vdb.measuring import Measured
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.reindex import Written
+from simskip_vdb.report import Report
+from simskip_vdb.workspace import Workspace, state_folder
+
+
+def build_report(
+    space: Workspace,
+    action: str,
+    refiner: Refiner,
+    folder: Path | None,
+    measured: Measured | None,
+    decision: Decision | None = None,
+) -> Report:
+    """Describe a run.
+
+    Args:
+        space: The index and its judgments.
+        action: ``fit``, ``evaluate`` or ``refine``.
+        refiner: What was fitted or measured.
+        folder: Where it is saved.
+        measured: What queries say of it.
+        decision: The gate's.
+    """
+    late = refiner.info.get("late_rows")
+    bad = int((~space.usable).sum())
+    notes = [
+        f"{note.count:,} {note.what} ({note.source}), such as {', '.join(note.examples)}"
+        for note in space.judged.notes
+    ]
+    if bad:
+        notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
+    return Report(
+        action=action,
+        index=space.info.uri,
+        kind=space.info.kind,
+        rows=space.info.count,
+        dim=space.info.dim,
+        metric=space.info.metric.value,
+        side=refiner.side.value,
+        refiner={
+            "id": refiner.id,
+            "path": None if folder is None else str(folder),
+            "alpha": refiner.alpha,
+            "beta": refiner.beta,
+            "late": refiner.late.value,
+        },
+        split=None if measured is None else measured.split,
+        queries={split.value: len(judged) for split, judged in space.judged.queries.items()},
+        measure=space.measure,
+        measures={} if measured is None else measured.measures,
+        strata={} if measured is None else measured.strata,
+        regressions=() if measured is None else measured.regressions,
+        late_rows=late,
+        group_overlap=None if measured is None else measured.group_overlap,
+        gate=decision,
+        written=written_part(Written.none(), None) if action == "refine" else None,
+        notes=tuple(notes),
+        seconds=dict(space.seconds),
+    )
+
+
+def summarise(space: Workspace, refiner: Refiner, report: Report) -> dict[str, Any]:
+    """Return what `status` will show of this write."""
+    assert report.gate is not None
+    summary: dict[str, Any] = {"side": refiner.side.value, "rows": len(space.rows)}
+    if report.gate.unmeasured:
+        return {**summary, "evidence": "unmeasured"}
+    found = report.measures[space.measure]
+    return {
+        **summary,
+        "evidence": "measured",
+        "measure": space.measure,
+        **{name: found[name] for name in ("before", "after", "delta", "ci95", "p", "queries")},
+        "look": report.gate.look,
+    }
+
+
+def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
+    """Tell what a write would take, with five rows before and after."""
+    start = time.perf_counter()
+    for first, block in space.rows.blocks():
+        space.refined(refiner, first, block)
+        break
+    blocks = -(-len(space.rows) // 8192)
+    apply = (time.perf_counter() - start) * blocks
+    places = np.flatnonzero(space.usable)[:: max(1, len(space.rows) // 5)][:5]
+    before = space.rows.take(places)
+    after = refiner.refine_rows(before, space.rows.ids[places])
+    return {
+        "rows": len(space.rows),
+        # Written and read back once, beside the rows' own read.
+        "seconds": apply + 3 * space.seconds["read"],
+        "originals_bytes": space.rows.path.stat().st_size,
+        "free_bytes": free_bytes(state_folder(space.store, space.settings.state)),
+        "samples": [
+            {"id": int(row), "before": was[:4].tolist(), "after": now[:4].tolist()}
+            for row, was, now in zip(space.rows.ids[places], before, after, strict=True)
+        ],
+    }
+
+
+def written_part(written: Written, output: Path | None) -> dict[str, Any]:
+    """Return what was written, and where to, as the report shows it."""
+    path = None if output is None else str(output)
+    return {"rows": written.rows, "skipped": written.skipped, "mode": written.mode, "path": path}
