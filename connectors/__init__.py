@@ -8,8 +8,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
+from simskip_vdb.connectors.originals import ArrayRows, read_ids, read_vectors
+from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.errors import ConfigError, MissingDependencyError
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import TakesOriginals, VectorStore
 
 ENTRY_POINT_GROUP = "simskip_vdb.connectors"
 """Name = scheme; value = a class with ``open(uri, *, read_only)``."""
@@ -30,21 +32,49 @@ _BUILT_IN = {
 }
 
 
-def open_store(uri: str, *, read_only: bool = False) -> VectorStore:
+def open_store(
+    uri: str,
+    *,
+    read_only: bool = False,
+    originals: str | Path | None = None,
+    originals_ids: Path | None = None,
+) -> VectorStore:
     """Open the store at an address.
 
     Args:
         uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``.
         read_only: Refuse every write through this handle.
+        originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
+            in the order of its rows, or another store that has the same ids.
+        originals_ids: A file with the id of each vector in the ``.npy`` file, one a line.
 
     Raises:
-        ConfigError: No connector serves the scheme.
+        ConfigError: No connector serves the scheme, or the store takes no originals.
         MissingDependencyError: The connector's package is not installed.
         StoreError: The store could not be opened.
     """
     scheme = _scheme(uri)
     connector = _built_in(scheme) if scheme in _BUILT_IN else _third_party(scheme)
-    return connector.open(uri, read_only=read_only)
+    store = connector.open(uri, read_only=read_only)
+    if originals is not None:
+        _give_originals(store, str(originals), originals_ids)
+    elif originals_ids is not None:
+        raise ConfigError("--originals-ids belongs to --originals FILE.npy")
+    return store
+
+
+def _give_originals(store: VectorStore, originals: str, ids: Path | None) -> None:
+    uri = store.info().uri
+    if not isinstance(store, TakesOriginals):
+        raise ConfigError(f"{uri} holds its vectors itself; leave --originals out")
+    if not originals.endswith(".npy"):
+        if ids is not None:
+            raise ConfigError(f"--originals-ids belongs to a .npy file, and {originals} has ids")
+        store.take_originals(open_store(originals, read_only=True))
+        return
+    vectors = read_vectors(Path(originals))
+    rows = None if ids is None else RowOrder(read_ids(ids), str(ids))
+    store.take_originals(vectors if rows is None else ArrayRows(rows, vectors, originals))
 
 
 def _scheme(uri: str) -> str:

@@ -1,87 +1,54 @@
-"""What a FAISS index is made of: which types can be refined, where their rows are, their settings.
-
-FAISS decides by class what its Python objects can do, and subclasses behave differently from
-their parents (an IDMap2 is an IDMap, a deduplicated IVF is an IVF), so types are compared exactly.
-"""
+"""An index taken apart: where its rows are, in which order, and how they are read back."""
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.connectors.faiss_sound import check_codes, check_graph, check_lists
+from simskip_vdb.connectors.faiss_tree import (
+    FLAT,
+    ID_MAPS,
+    IVF,
+    PRODUCT,
+    REFINES,
+    Fidelity,
+    Index,
+    Setting,
+    core,
+    details,
+    down,
+    fidelity,
+    is_linear,
+    matrix_of,
+    name,
+    pseudo_inverse,
+    settings,
+    storage_of,
+    transforms,
+    unsupported,
+    wrappers,
+)
 from simskip_vdb.datatypes import Metric, Positions, Vectors
-from simskip_vdb.errors import ConfigError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError, StoreError
 
-Index: TypeAlias = Any
-"""An index of any of FAISS's classes, which have no common typed interface."""
-
-FLAT = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP)
-ID_MAPS = (faiss.IndexIDMap, faiss.IndexIDMap2)
-IVF = (faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
-CODEBOOKS = (faiss.IndexPQ, faiss.IndexIVFPQ)
+Take = Callable[[Positions], Vectors]
 
 _METRICS = {faiss.METRIC_INNER_PRODUCT: Metric.DOT, faiss.METRIC_L2: Metric.EUCLID}
-_CODES = {
-    faiss.ScalarQuantizer.QT_fp16: "fp16",
-    faiss.ScalarQuantizer.QT_bf16: "bf16",
-    faiss.ScalarQuantizer.QT_8bit: "8bit",
-}
-_DIRECT_MAPS = {
-    faiss.DirectMap.NoMap: "none",
-    faiss.DirectMap.Array: "array",
-    faiss.DirectMap.Hashtable: "hashtable",
-}
 _ALIASES = {"hnsw_ef": "efSearch", "k_factor_rf": "k_factor"}
 
-_REFUSALS = (
-    (
-        r"Index(IVF)?(PQ|ScalarQ|.*Residual|.*LocalSearch|.*Additive|RaBitQ|EDEN|.*SpectralHash)"
-        r"|IndexHNSW(PQ|SQ|2Level|RaBitQ)|IndexNSG(PQ|SQ)|IndexLSH|IndexLattice|Index2Layer"
-        r"|IndexQINCo|IndexNeuralNet|IndexRowwise|.*FastScan",
-        "it stores lossy codes, and refining decoded codes would lose twice; "
-        "keep exact vectors beside the codes (add ',Refine(Flat)' to the factory string) "
-        "or use Flat, HNSW Flat, IVF Flat, SQfp16 or SQ8",
-    ),
-    (
-        r"IndexPreTransform",
-        "it stores transformed vectors, whose originals cannot be read back; "
-        "transform the vectors before indexing instead",
-    ),
-    (
-        r"IndexShards|IndexReplicas|IndexSplitVectors",
-        "it is spread over several indexes; refine each of them, or merge them into one",
-    ),
-    (
-        r"Gpu",
-        "it lives on a GPU; save it through faiss.index_gpu_to_cpu",
-    ),
-)
-_UNKNOWN = "it is of a type that cannot be rebuilt; use Flat, HNSW Flat or IVF Flat"
 
+class _Rows(NamedTuple):
+    """Rows of a part: their labels in scan order, shape (n,), and a reader by position."""
 
-class Setting(NamedTuple):
-    """A search-time setting: an attribute of a part of the index."""
-
-    owner: Any
-    attribute: str
-
-    @property
-    def value(self) -> int | float:
-        """What the index has now."""
-        number: int | float = getattr(self.owner, self.attribute)
-        return number
-
-    def set(self, value: int | float) -> None:
-        """Change it in the index."""
-        setattr(self.owner, self.attribute, value)
+    ids: NDArray[np.int64]
+    take: Take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,6 +61,8 @@ class Layout:
         ids: Of the rows in scan order, shape (n,), int64: in the order of an id map; by
             ascending id in an IVF, which survives a rebuild that moves rows to other lists.
         take: Reads the rows at some positions of the scan order, (b,) → (b, d).
+        positional: Whether ids are positions.
+        in_order: Whether the scan order is that in which rows were added.
         settings: Search-time settings by name.
         details: Other parameters by FAISS's names.
     """
@@ -101,11 +70,12 @@ class Layout:
     root: Index
     uri: str
     ids: NDArray[np.int64]
-    take: Callable[[Positions], Vectors]
+    take: Take
     kind: str
     metric: Metric
     positional: bool
-    exact: bool
+    in_order: bool
+    fidelity: Fidelity
     settings: Mapping[str, Setting]
     details: Mapping[str, Any]
 
@@ -147,8 +117,10 @@ class Layout:
             )
         types = int if isinstance(setting.value, int) else (int, float)
         whole = isinstance(value, types) and not isinstance(value, bool)
-        if not whole or not 1 <= value < math.inf:  # type: ignore[operator]
-            raise ConfigError(f"{self.uri}: {name} is a number from 1, not {value!r}")
+        if not whole or not 1 <= value < 2**31:  # type: ignore[operator]
+            raise ConfigError(f"{self.uri}: {name} is a number from 1 to 2**31 - 1, not {value!r}")
+        if setting.attribute == "search_L" and value > len(self):  # type: ignore[operator]
+            raise ConfigError(f"{self.uri}: {name} is at most the row count, not {value!r}")
         return setting
 
 
@@ -162,63 +134,71 @@ def take_apart(root: Index, uri: str) -> Layout:
 
     Raises:
         UnsupportedIndexError: The index cannot be refined; the message says why.
+        StoreError: Its numbers do not fit together.
     """
     try:
         return _take_apart(root, uri)
-    except UnsupportedIndexError as error:
-        raise UnsupportedIndexError(f"{uri}: {error}") from None
-
-
-def body_of(root: Index) -> Index:
-    """Return the index under an IDMap, or the index itself."""
-    return faiss.downcast_index(root.index) if type(root) in ID_MAPS else root
-
-
-def base_of(body: Index) -> Index:
-    """Return the index that a Refine searches first, or the index itself."""
-    is_refine = type(body) is faiss.IndexRefineFlat
-    return faiss.downcast_index(body.base_index) if is_refine else body
-
-
-def is_trained_on_rows(base: Index) -> bool:
-    """Say whether the index learns something from its rows: centroids, ranges or codebooks."""
-    if type(base) is faiss.IndexScalarQuantizer:
-        return bool(base.sq.qtype == faiss.ScalarQuantizer.QT_8bit)
-    return type(base) not in (*FLAT, faiss.IndexHNSWFlat)
+    except StoreError as error:
+        raise type(error)(f"{uri}: {error}") from None
 
 
 def _take_apart(root: Index, uri: str) -> Layout:
-    body = body_of(root)
     metric = _METRICS.get(root.metric_type)
     if metric is None:
-        raise _unsupported(root, "its metric is neither inner product nor L2")
-    kind, details, settings = _name(body), _details(body), _settings(body)
-    storage, ids = _storage(body)
-    if not np.array_equal(ids, np.arange(len(ids))):
+        raise unsupported(
+            root,
+            f"its metric ({root.metric_type}) is neither inner product nor L2, which exact search "
+            "and fitting go by; build it with METRIC_INNER_PRODUCT or METRIC_L2",
+        )
+    kind = name(root)
+    known, parameters = settings(root), details(root)
+    mapped = any(type(part) in ID_MAPS for part in wrappers(root))
+    rows = _rows(root)
+    if not mapped and not np.array_equal(rows.ids, np.arange(len(rows.ids))):
         kind += ", custom ids"
-    if body is not root:
-        ids = _mapped_ids(root, ids)
-        kind = f"{type(root).__name__.removeprefix('Index')} over {kind}"
     return Layout(
         root=root,
         uri=uri,
-        ids=ids,
-        take=storage.reconstruct_batch,
+        ids=rows.ids,
+        take=rows.take,
         kind=kind,
         metric=metric,
-        positional=type(root) not in (*ID_MAPS, *IVF),
-        exact=type(storage) is not faiss.IndexScalarQuantizer,
-        settings=settings,
-        details={**details, **{name: setting.value for name, setting in settings.items()}},
+        positional=not mapped and type(core(root)) not in IVF,
+        in_order=mapped or type(core(root)) not in IVF or not kind.endswith("custom ids"),
+        fidelity=fidelity(root),
+        settings=known,
+        details={**parameters, **{key: setting.value for key, setting in known.items()}},
     )
+
+
+def _rows(index: Index) -> _Rows:
+    kind = type(index)
+    if kind in ID_MAPS:
+        rows = _rows(down(index.index))
+        return _Rows(_mapped_ids(index, rows.ids), rows.take)
+    if kind is faiss.IndexPreTransform:
+        rows = _rows(down(index.index))
+        return _Rows(rows.ids, _undoing(index, rows.take))
+    if kind in IVF:
+        return _lists(index)
+    if kind in REFINES:
+        _check_base(index)
+    storage = storage_of(index)
+    if kind is faiss.IndexHNSWFlat and type(storage) not in FLAT:
+        raise unsupported(index, f"its vectors are in an {type(storage).__name__}, not in a Flat")
+    if storage.ntotal != index.ntotal or storage.d != index.d:
+        raise unsupported(index, f"it stores {storage.ntotal} of its {index.ntotal} vectors")
+    check_codes(storage)
+    check_graph(index)
+    return _Rows(np.arange(index.ntotal), storage.reconstruct_batch)
 
 
 def _mapped_ids(root: Index, inner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     ids: NDArray[np.int64] = faiss.vector_to_array(root.id_map)
     if len(ids) != root.ntotal:
-        raise _unsupported(root, f"it maps {len(ids)} ids to {root.ntotal} rows")
+        raise unsupported(root, f"it maps {len(ids)} ids to {root.ntotal} rows")
     if not np.array_equal(inner_ids, np.arange(len(ids))):
-        raise _unsupported(
+        raise unsupported(
             root,
             "its rows are not numbered 0 to n-1 inside (FAISS answers with wrong ids after "
             "remove_ids on an IDMap over an IVF, and drops rows that are not finite); "
@@ -227,38 +207,27 @@ def _mapped_ids(root: Index, inner_ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ids
 
 
-def _storage(body: Index) -> tuple[Index, NDArray[np.int64]]:
-    """Return what holds the vectors, addressed by scan order, and the ids in that order."""
-    if type(body) is faiss.IndexIVFFlat:
-        return body, _order_lists(body)
-    storage = body
-    if type(body) is faiss.IndexHNSWFlat:
-        storage = faiss.downcast_index(body.storage)
-    elif type(body) is faiss.IndexRefineFlat:
-        _check_base(body)
-        storage = faiss.downcast_index(body.refine_index)
-    if storage is not body and type(storage) not in FLAT:
-        raise _unsupported(body, f"its vectors are in an {type(storage).__name__}, not in a Flat")
-    if storage.ntotal != body.ntotal or storage.d != body.d:
-        raise _unsupported(body, f"it stores {storage.ntotal} of its {body.ntotal} vectors")
-    return storage, np.arange(body.ntotal)
-
-
-def _order_lists(ivf: Index) -> NDArray[np.int64]:
+def _lists(ivf: Index) -> _Rows:
     """Point the direct map from ascending ids to the lists, and return these ids."""
+    check_lists(ivf)
     ids, places = _list_entries(ivf)
     order = np.argsort(ids, kind="stable")
     ivf.direct_map.type = faiss.DirectMap.Array
     faiss.copy_array_to_vector(places[order], ivf.direct_map.array)
-    return ids[order]
+    if type(ivf) in PRODUCT and getattr(ivf, "fine_quantizer", ivf) is None:
+        ivf.fine_quantizer = ivf.pq  # FAISS 1.15 forgets it on reading, and decodes through it
+    return _Rows(ids[order], ivf.reconstruct_batch)
 
 
 def _list_entries(ivf: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the ids in the inverted lists and FAISS's address (list << 32 | offset) of each."""
     lists = faiss.downcast_InvertedLists(ivf.invlists)
-    if type(lists) is not faiss.ArrayInvertedLists:
-        raise _unsupported(
-            ivf, "its inverted lists are kept in another file; save it with lists in memory"
+    if type(lists) not in (faiss.ArrayInvertedLists, faiss.BlockInvertedLists):
+        raise unsupported(
+            ivf,
+            "its inverted lists are kept in another file, which could not be swapped together "
+            "with this one; save it with lists in memory: faiss.ArrayInvertedLists(nlist, "
+            "code_size), merge_from_1, replace_invlists",
         )
     sizes = np.array([lists.list_size(i) for i in range(ivf.nlist)], np.int64)
     ids = np.concatenate(
@@ -268,103 +237,54 @@ def _list_entries(ivf: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         ]
     )
     if len(ids) > ivf.ntotal:
-        raise _unsupported(ivf, f"its lists hold {len(ids)} rows, but it counts {ivf.ntotal}")
+        raise unsupported(ivf, f"its lists hold {len(ids)} rows, but it counts {ivf.ntotal}")
     starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
     offsets = np.arange(len(ids)) - starts
     return ids, (np.repeat(np.arange(ivf.nlist), sizes) << 32) | offsets
 
 
 def _check_base(refine: Index) -> None:
-    """Refuse a base index that cannot be rebuilt, or that numbers rows otherwise."""
-    base = base_of(refine)
+    """Refuse a base index that numbers rows otherwise than its Refine."""
+    base = down(refine.base_index)
     if base.ntotal != refine.ntotal:
-        raise _unsupported(refine, f"its base has {base.ntotal} of its {refine.ntotal} rows")
-    if type(base) in IVF:
-        ids, _ = _list_entries(base)
+        raise unsupported(refine, f"its base has {base.ntotal} of its {refine.ntotal} rows")
+    if any(type(part) in ID_MAPS for part in wrappers(base)):
+        raise unsupported(refine, "an IDMap under a Refine takes no rows; put it on the outside")
+    if type(core(base)) in IVF:
+        ids, _ = _list_entries(core(base))
         if len(ids) and not 0 <= ids.min() <= ids.max() < refine.ntotal:
-            raise _unsupported(refine, "ids in its base are not positions of its vectors")
+            raise unsupported(refine, "ids in its base are not positions of its vectors")
 
 
-def _name(index: Index) -> str:
-    """Name an index that is refined, or that serves as the base of a Refine."""
-    kind = type(index)
-    if kind in FLAT:
-        return "Flat"
-    if kind is faiss.IndexHNSWFlat:
-        return f"HNSW{_links(index)} Flat"
-    if kind is faiss.IndexScalarQuantizer:
-        return f"SQ {_code(index)}"
-    if kind is faiss.IndexIVFFlat:
-        return f"{_coarse(index)} Flat"
-    if kind is faiss.IndexRefineFlat:
-        return f"{_base_name(base_of(index))}, Refine(Flat)"
-    raise _unsupported(index)
+def _undoing(chain: Index, take: Take) -> Take:
+    """Read rows through a chain of transforms backwards."""
+    undo = [_inverse(transform) for transform in reversed(transforms(chain))]
+
+    def read(positions: Positions) -> Vectors:
+        vectors = take(positions)
+        for step in undo:
+            vectors = step(vectors)
+        return np.ascontiguousarray(vectors, np.float32)
+
+    return read
 
 
-def _base_name(base: Index) -> str:
-    if type(base) is faiss.IndexPQ:
-        return f"PQ{base.pq.M}x{base.pq.nbits}"
-    if type(base) is faiss.IndexIVFPQ:
-        return f"{_coarse(base)} PQ{base.pq.M}x{base.pq.nbits}"
-    if type(base) is faiss.IndexIVFScalarQuantizer:
-        return f"{_coarse(base)} SQ {_code(base)}"
-    if type(base) in (*FLAT, faiss.IndexHNSWFlat, faiss.IndexIVFFlat, faiss.IndexScalarQuantizer):
-        return _name(base)
-    raise _unsupported(
-        base,
-        "an index under Refine must be known how to rebuild; "
-        "these are: Flat, HNSW Flat, SQ, PQ, IVF Flat, IVFPQ, IVFSQ",
-    )
+def _inverse(transform: Any) -> Callable[[Vectors], Vectors]:  # noqa: ANN401 untyped
+    """Return what undoes a transform as far as it can be undone; directions stay directions."""
+    if is_linear(transform):
+        a, b = matrix_of(transform)
+        back = pseudo_inverse(a)
+        return lambda y: np.asarray((y - b) @ back.T, np.float32)
+    if type(transform) is faiss.CenteringTransform:
+        mean = faiss.vector_to_array(transform.mean)
+        return lambda y: y + mean
+    if type(transform) is faiss.RemapDimensionsTransform:
+        source = faiss.vector_to_array(transform.map)
+        return lambda y: _scatter(y, source, transform.d_in)
+    return lambda y: y
 
 
-def _code(index: Index) -> str:
-    code = _CODES.get(index.sq.qtype)
-    if code is None:
-        raise _unsupported(index, "its codes are too coarse to refine; use SQfp16, SQbf16 or SQ8")
-    return code
-
-
-def _coarse(ivf: Index) -> str:
-    quantizer = faiss.downcast_index(ivf.quantizer)
-    if type(quantizer) in FLAT:
-        return f"IVF{ivf.nlist}"
-    if type(quantizer) is faiss.IndexHNSWFlat:
-        return f"IVF{ivf.nlist}_HNSW{_links(quantizer)}"
-    raise _unsupported(
-        ivf, f"its coarse quantiser, {type(quantizer).__name__}, is neither Flat nor HNSW Flat"
-    )
-
-
-def _links(index: Index) -> int:
-    return int(index.hnsw.nb_neighbors(1))
-
-
-def _details(index: Index) -> dict[str, Any]:
-    kind = type(index)
-    if kind is faiss.IndexHNSWFlat:
-        return {"M": _links(index), "efConstruction": index.hnsw.efConstruction}
-    if kind in IVF:
-        return {"nlist": index.nlist, "direct_map": _DIRECT_MAPS[index.direct_map.type]}
-    if kind is faiss.IndexRefineFlat:
-        return _details(base_of(index))
-    return {}
-
-
-def _settings(index: Index, prefix: str = "") -> dict[str, Setting]:
-    kind = type(index)
-    if kind is faiss.IndexHNSWFlat:
-        return {f"{prefix}efSearch": Setting(index.hnsw, "efSearch")}
-    if kind in IVF:
-        coarse = _settings(faiss.downcast_index(index.quantizer), "quantizer_")
-        return {"nprobe": Setting(index, "nprobe"), **coarse}
-    if kind is faiss.IndexRefineFlat:
-        return {"k_factor": Setting(index, "k_factor"), **_settings(base_of(index))}
-    return {}
-
-
-def _unsupported(index: Index, why: str | None = None) -> UnsupportedIndexError:
-    name = type(index).__name__
-    if why is None:
-        reasons = (text for pattern, text in _REFUSALS if re.match(pattern, name))
-        why = next(reasons, _UNKNOWN)
-    return UnsupportedIndexError(f"{name} cannot be refined: {why}")
+def _scatter(y: Vectors, source: NDArray[np.int32], width: int) -> Vectors:
+    x = np.zeros((len(y), width), np.float32)
+    x[:, source[source >= 0]] = y[:, source >= 0]
+    return x

@@ -10,8 +10,12 @@ from typing import Any
 import faiss
 import numpy as np
 
-from simskip_vdb.connectors.faiss_layout import Index, Layout, take_apart
-from simskip_vdb.connectors.faiss_rebuild import faiss_call, rebuild
+from simskip_vdb.connectors.faiss_folders import locate
+from simskip_vdb.connectors.faiss_layout import Layout, take_apart
+from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
+from simskip_vdb.connectors.faiss_rebuild import rebuild
+from simskip_vdb.connectors.faiss_tree import Fidelity
+from simskip_vdb.connectors.originals import ArrayRows
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
@@ -30,13 +34,13 @@ from simskip_vdb.errors import (
     ConfigError,
     StoreError,
     StoreNotFoundError,
+    UnsupportedIndexError,
     VerificationError,
 )
-from simskip_vdb.store import Check
+from simskip_vdb.store import Check, ExactVectors
 
 _SCHEME = "faiss:"
 _ROWS = 8192
-_SMALL = 1 << 20
 
 
 class FaissStore:
@@ -48,15 +52,16 @@ class FaissStore:
     """
 
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
-        """Open an index.
+        """Open an index, by its file or by the folder that a framework saved.
 
         Raises:
             StoreNotFoundError: There is no such file.
             UnsupportedIndexError: The index cannot be refined.
             StoreError: The file is not an index, or damaged.
         """
-        self._path = Path(path).resolve()
+        self._path = locate(Path(path)).resolve()
         self._read_only = read_only
+        self._originals: ExactVectors | None = None
         self._open()
 
     @classmethod
@@ -83,7 +88,8 @@ class FaissStore:
             dim=layout.dim,
             metric=layout.metric,
             positional=layout.positional,
-            exact=layout.exact,
+            exact=layout.fidelity is Fidelity.EXACT,
+            lossy=layout.fidelity is Fidelity.LOSSY,
             details=layout.details,
         )
 
@@ -116,6 +122,42 @@ class FaissStore:
         with faiss_call(self._path, "reading rows"):
             return self._layout.take(positions)
 
+    def take_originals(self, source: ExactVectors | Vectors) -> None:
+        """Remember where the exact vectors are; see `TakesOriginals.take_originals`."""
+        layout = self._layout
+        if layout.fidelity is not Fidelity.LOSSY:
+            raise ConfigError(
+                f"{self._uri}: {layout.kind} holds its vectors itself; leave --originals out"
+            )
+        if not isinstance(source, np.ndarray):
+            self._originals = source
+            return
+        if not layout.in_order:
+            raise ConfigError(
+                f"{self._uri}: {layout.kind} does not keep the order in which rows were added; "
+                "give the id of each original with --originals-ids FILE, one a line"
+            )
+        self._originals = ArrayRows(self._rows, source, "--originals")
+
+    def originals(self, ids: Ids) -> Vectors:
+        """Return the exact vectors of these ids; see `TakesOriginals.originals`."""
+        if self._layout.fidelity is not Fidelity.LOSSY:
+            return self.fetch(ids)
+        if self._originals is None:
+            raise UnsupportedIndexError(
+                f"{self._uri}: {self._layout.kind} stores lossy codes, and refining decoded codes "
+                "would lose twice. Give the exact vectors with --originals FILE.npy (or another "
+                "index that holds them), or keep them beside the codes: add ',Refine(Flat)' to "
+                "the factory string"
+            )
+        vectors = np.ascontiguousarray(self._originals.fetch(ids), np.float32)
+        if vectors.shape != (len(ids), self._layout.dim):
+            raise ConfigError(
+                f"{self._uri}: the originals have {vectors.shape[-1]} dimensions, the index has "
+                f"{self._layout.dim}"
+            )
+        return vectors
+
     def search(self, queries: Vectors, k: int, params: Mapping[str, Any]) -> Neighbors:
         """Search through the index; see `VectorStore.search`.
 
@@ -128,6 +170,11 @@ class FaissStore:
         array = checked_queries(self._uri, queries, self._layout.dim, k)
         unchanged(self._path, self._identity)
         with self._layout.using(params), faiss_call(self._path, "searching"):
+            if len(self._layout) == 0:  # which some of FAISS's types do not survive
+                shape = (len(array), k)
+                return Neighbors(
+                    ids=np.full(shape, -1, np.int64), scores=np.full(shape, -np.inf, np.float32)
+                )
             distances, ids = self._layout.root.search(array, k)
         similarity = self._layout.root.metric_type == faiss.METRIC_INNER_PRODUCT
         scores = np.where(ids < 0, -np.inf, distances if similarity else -distances)
@@ -190,17 +237,17 @@ class FaissStore:
     def _uri(self) -> str:
         return f"{_SCHEME}{self._path}"
 
-    def _open(self) -> None:
+    def _open(self, *, trusted: bool = False) -> None:
         path = self._path
         if not path.exists():
             raise StoreNotFoundError(f"{path}: there is no such file")
         if not path.is_file():
-            raise StoreError(f"{path}: not a file; give the index file itself")
+            raise StoreError(f"{path}: not a file; no FAISS index can be read from it")
         with disk_errors(path):
             self._identity = Identity.of(path)
             path.open("rb").close()
         with faiss_call(path, "this is not a FAISS index that can be read"):
-            root = _read_mapped(path, self._identity.size)
+            root = read_mapped(path, trusted=trusted)
             self._layout: Layout = take_apart(root, self._uri)
         self._rows = RowOrder(self._layout.ids, self._uri)
 
@@ -222,7 +269,7 @@ class FaissStore:
         del index
         # A new map drops the pages of the old file that were read, which count as memory.
         unchanged(self._path, self._identity)
-        self._open()
+        self._open(trusted=True)
         candidate = FaissStore(target, read_only=True)
         self._verify(candidate)
         check(candidate)
@@ -234,12 +281,21 @@ class FaissStore:
             for start in range(done, positions[-1] + 1, _ROWS):
                 stop = min(start + _ROWS, int(positions[-1]) + 1)
                 first, last = np.searchsorted(positions, (start, stop))
-                block = self._read(start, stop)
+                if last - first == stop - start:
+                    yield vectors[first:last]
+                    continue
+                block = self._kept(start, stop)
                 block[positions[first:last] - start] = vectors[first:last]
                 yield block
             done = int(positions[-1]) + 1
         for start, stop in self._rows.windows(_ROWS, done):
-            yield self._read(start, stop)
+            yield self._kept(start, stop)
+
+    def _kept(self, start: int, stop: int) -> Vectors:
+        """Return rows that keep their vectors; never what was decoded from lossy codes."""
+        if self._layout.fidelity is Fidelity.LOSSY:
+            return self.originals(self._rows.ids[start:stop])
+        return self._read(start, stop)
 
     def _verify(self, candidate: FaissStore) -> None:
         old, new = self._layout, candidate._layout
@@ -253,10 +309,3 @@ class FaissStore:
                 f"{self._path}: {old.kind} {dict(old.details)} became {new.kind} "
                 f"{dict(new.details)}; nothing was changed"
             )
-
-
-def _read_mapped(path: Path, size: int) -> Index:
-    # FAISS's mapped reader does not notice a header or a last number that is cut off; its plain
-    # one does, and for a small file costs nothing. The flag is missing from old versions.
-    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
-    return faiss.read_index(str(path), 0 if size < _SMALL else mapped)

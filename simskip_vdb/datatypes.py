@@ -59,7 +59,8 @@ class StoreInfo:
         dim: Dimension of a vector.
         metric: How queries and rows are compared.
         positional: True where a row's id is its position, so ids shift when rows are removed.
-        exact: True where a vector is read back as it was written (no lossy codes).
+        exact: True where a vector is read back as it was written, bit for bit.
+        lossy: True where it is read back too coarsely to be refined.
         details: Index parameters worth showing, by FAISS's or Qdrant's own names.
     """
 
@@ -70,6 +71,7 @@ class StoreInfo:
     metric: Metric
     positional: bool = False
     exact: bool = True
+    lossy: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
 
 

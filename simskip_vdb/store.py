@@ -79,6 +79,48 @@ class VectorStore(Protocol):
         ...
 
 
+class ExactVectors(Protocol):
+    """The vectors behind lossy codes: an array on disk, or any `VectorStore`."""
+
+    def fetch(self, ids: Ids) -> Vectors:
+        """Return the vectors of these ids, shape (len(ids), d), in the order asked.
+
+        Raises:
+            DataError: An id has no vector, or several.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesOriginals(Protocol):
+    """Ability: may hold lossy codes, and is told the exact vectors behind them.
+
+    `VectorStore.scan` goes on yielding what is read back from the codes.
+    """
+
+    def take_originals(self, source: ExactVectors | Vectors) -> None:
+        """Remember where the exact vectors are.
+
+        Args:
+            source: Finds them by id; or an array of them in the order of `VectorStore.scan`.
+
+        Raises:
+            ConfigError: The store's own vectors are good enough, or its order is not that in
+                which its rows were added.
+            DataError: The array has not one vector a row.
+        """
+        ...
+
+    def originals(self, ids: Ids) -> Vectors:
+        """Return the exact vectors of these ids, shape (len(ids), d).
+
+        Raises:
+            UnsupportedIndexError: Nobody said where they are.
+            DataError: An id has none.
+        """
+        ...
+
+
 @runtime_checkable
 class FileBacked(Protocol):
     """Ability: the whole index is one file, swapped atomically."""

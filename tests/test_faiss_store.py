@@ -23,10 +23,10 @@ from faiss_files import (
     write,
 )
 
-from simskip_vdb.connectors import swap
-from simskip_vdb.connectors.faiss_rebuild import faiss_call
+from simskip_vdb.connectors.faiss_open import faiss_call
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors
+from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import (
     ConfigError,
     DataError,
@@ -170,36 +170,13 @@ def with_type(kind: type, *args: Any) -> Index:  # noqa: ANN401
     return index
 
 
-def deduplicated() -> Index:
-    quantizer = faiss.IndexFlatL2(DIM)
-    index = faiss.IndexIVFFlatDedup(quantizer, DIM, 2, faiss.METRIC_L2)
-    rows = np.random.default_rng(0).standard_normal((100, DIM)).astype(np.float32)
-    index.train(rows)
-    index.add_with_ids(rows, np.arange(100))
-    index.referenced_objects = [quantizer]
-    return index
-
-
 REFUSED: dict[str, tuple[Callable[[], Index], str]] = {
-    "pq": (lambda: index_of("PQ4x4np"), "lossy"),
-    "ivfpq": (lambda: index_of("IVF2,PQ4x4np"), "lossy"),
-    "ivfsq": (lambda: index_of("IVF2,SQ8"), "lossy"),
-    "fast scan": (lambda: index_of("PQ4x4fs"), "lossy"),
-    "hnsw sq": (lambda: index_of("HNSW8,SQ8"), "lossy"),
-    "lsh": (lambda: index_of("LSH"), "lossy"),
-    "rabitq": (lambda: index_of("RaBitQ"), "lossy"),
-    "residual": (lambda: index_of("RQ2x4"), "lossy"),
-    "sq4": (lambda: index_of("SQ4"), "too coarse"),
-    "pca": (lambda: index_of("PCA4,Flat"), "transformed"),
-    "l2norm": (lambda: index_of("L2norm,Flat"), "transformed"),
-    "nsg": (lambda: index_of("NSG8,Flat"), "cannot be rebuilt"),
     "metric": (lambda: index_of("Flat", faiss.METRIC_L1), "metric"),
     "panorama": (lambda: with_type(faiss.IndexFlatL2Panorama, 4), "cannot be rebuilt"),
     "hnsw panorama": (lambda: with_type(faiss.IndexHNSWFlatPanorama, 8, 4), "cannot be rebuilt"),
-    "dedup": (deduplicated, "cannot be rebuilt"),
-    "refined fast scan": (lambda: index_of("PQ4x4fs,RFlat"), "under Refine"),
-    "refined by sq": (lambda: index_of("Flat,Refine(SQ8)"), "cannot be rebuilt"),
-    "refined transform": (lambda: index_of("PCA4,Flat,RFlat"), "under Refine"),
+    "spectral hash": (lambda: index_of("IVF2,ITQ,SH"), "cannot be rebuilt"),
+    "two levels": (lambda: index_of("Residual2x4,PQ4x4"), "cannot be rebuilt"),
+    "refined by an unknown": (lambda: index_of("IVF2,PQ4+4,RFlat"), "cannot be rebuilt"),
 }
 
 
@@ -792,7 +769,7 @@ def test_put_back_needs_the_kept_file(make: Make, tmp_path: Path) -> None:
 
 def test_the_hash_of_a_missing_file_is_a_store_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
-        swap.sha256_of(tmp_path / "none")
+        sha256_of(tmp_path / "none")
 
 
 # What is known of FAISS itself; if one of these fails, reading can become simpler.

@@ -1,0 +1,129 @@
+"""Call FAISS, and above all let it read a file, so that no file can hurt the process.
+
+FAISS's plain reader notices whatever is cut off or does not fit together, if it is kept from
+allocating what a damaged header asks for. Its mapped reader does not: it misses up to seven bytes
+at the end, and reads beyond the map where a header is cut. So a file is read plainly once, and
+mapped after that.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import faiss
+
+from simskip_vdb.connectors.faiss_tree import Index
+from simskip_vdb.errors import SimskipError, StoreError
+
+_SMALL = 1 << 20
+_MOST_LINKS = 1 << 12
+# Some parts are held in memory wider than they are saved; FAISS counts a transform as a full
+# matrix, 64 MiB at d = 4096, even where it has none.
+_HELD_UNSAVED = 128 << 20
+_HEADER_FILLER = (1 << 20).to_bytes(8, "little") * 2  # what FAISS writes into every index header
+
+
+@contextmanager
+def faiss_call(path: Path, doing: str) -> Iterator[None]:
+    """Run FAISS on few threads, and turn its errors and the system's into `StoreError`.
+
+    FAISS brings an OpenMP runtime of its own; beside torch's, whose threads spin while they wait,
+    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room.
+    """
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    try:
+        yield
+    except SimskipError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{path}: {doing}: {error.strerror or error}") from error
+    except (RuntimeError, AssertionError, MemoryError, ValueError, OverflowError) as error:
+        raise StoreError(f"{path}: {doing}: {_short(error)}") from error
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+def read_mapped(path: Path, *, trusted: bool) -> Index:
+    """Read an index for reading only; a large file through a map.
+
+    Args:
+        path: The file.
+        trusted: Whether it was written a moment ago, and need not be checked.
+
+    Raises:
+        StoreError: The file is not an index, or damaged.
+    """
+    # The flag is missing from old versions.
+    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    is_large = path.stat().st_size >= _SMALL
+    if not trusted:
+        _refuse_huge_counts(path)
+        plain = read_limited(path, 0)
+        if not (is_large and mapped):
+            return plain
+        del plain
+    return read_limited(path, mapped if is_large else 0)
+
+
+def read_limited(path: Path, flags: int) -> Index:
+    """Read an index; no part of it may be much larger than its file."""
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        return faiss.read_index(str(path), flags)
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(4 * path.stat().st_size + _HELD_UNSAVED)
+    try:
+        return faiss.read_index(str(path), flags)
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
+
+
+def _refuse_huge_counts(path: Path) -> None:
+    """Refuse counts for which FAISS allocates before it reads, and which the file cannot hold."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
+            raise StoreError(f"{path}: the file is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            counts = [*_list_counts(data), *_graph_counts(data)]
+    # A list has at least a centroid's number, a node at least a link: four bytes.
+    if any(4 * count > size for count in counts):
+        raise StoreError(
+            f"{path}: a header counts {max(counts):,} parts, which {size:,} bytes cannot hold; "
+            "the file is damaged, restore it from a backup"
+        )
+
+
+def _list_counts(data: mmap.mmap) -> Iterator[int]:
+    for at in _places(data, b"ilar"):
+        if data[at + 20 : at + 24] in (b"full", b"sprs"):
+            yield _number(data, at + 4, 8)
+
+
+def _graph_counts(data: mmap.mmap) -> Iterator[int]:
+    for code in (b"INSf", b"INSs", b"INSp"):
+        for at in _places(data, code):
+            if at == 0 or data[at + 16 : at + 32] == _HEADER_FILLER:
+                nodes, links = _number(data, at + 58, 4), _number(data, at + 62, 4)
+                yield nodes if links <= _MOST_LINKS else len(data)
+
+
+def _places(data: mmap.mmap, code: bytes) -> Iterator[int]:
+    at = data.find(code)
+    while at >= 0:
+        yield at
+        at = data.find(code, at + 1)
+
+
+def _number(data: mmap.mmap, at: int, width: int) -> int:
+    return int.from_bytes(data[at : at + width], "little")
+
+
+def _short(error: BaseException) -> str:
+    """Return FAISS's reason without its C++ signature."""
+    text = str(error) or type(error).__name__
+    return text.rpartition("' failed: ")[2].strip()

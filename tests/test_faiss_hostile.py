@@ -1,0 +1,227 @@
+"""Damaged files: a typed error in bounded memory, or an index; never a crash."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.faiss_store import FaissStore
+from simskip_vdb.errors import ConfigError, StoreError
+
+pytest.importorskip("resource", reason="memory is measured as POSIX does")
+
+COUNT, DIM = 300, 8
+MOST_BYTES = 300 << 20
+KINDS = [
+    "Flat",
+    "SQ8",
+    "HNSW8,Flat",
+    "NSG8,Flat",
+    "IVF4,Flat",
+    "IVF4_HNSW4,Flat",
+    "IVF4,SQ8",
+    "IDMap,Flat",
+    "PQ4x4np,RFlat",
+    "PQ4x4",
+    "PQ4x4fs",
+    "IVF4,PQ4x4",
+    "IVF4,PQ4x4fs",
+    "HNSW8,PQ4x4",
+    "RaBitQ",
+    "RaBitQfs",
+    "IVF4,RaBitQ",
+    "RQ2x4",
+    "LSH",
+    "PCA4,Flat",
+    "OPQ4,PQ4x4",
+    "L2norm,Flat",
+    "RR,IDMap,Flat",
+]
+NUMBERS = [0, 1, 2**16, 2**24, 10**8, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
+
+
+class Driver:
+    """A process that opens files, started again when one of them ended it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def open(self, path: Path) -> dict[str, Any]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("open_driver.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{path}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            self.close()
+            return {"outcome": f"the process ended with {code}", "grown": 0}
+        result: dict[str, Any] = json.loads(answer)
+        if result["grown"] >= MOST_BYTES:
+            self.close()  # its peak would hide the next one
+        return result
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    driver = Driver()
+    yield driver
+    driver.close()
+
+
+def content(factory: str, count: int = COUNT, dim: int = DIM) -> bytes:
+    rows = np.random.default_rng(0).standard_normal((count, dim)).astype(np.float32)
+    index = faiss.index_factory(dim, factory)
+    index.train(rows)
+    if "IDMap" in factory:
+        index.add_with_ids(rows, np.arange(count))
+    else:
+        index.add(rows)
+    data: bytes = faiss.serialize_index(index).tobytes()
+    return data
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, bytes]:
+    return {factory: content(factory) for factory in KINDS}
+
+
+def put(data: bytes, at: int, number: int, width: int) -> bytes:
+    part = (number % (1 << 8 * width)).to_bytes(width, "little")
+    return data[:at] + part + data[at + width :]
+
+
+@given(data=st.data())
+@settings(
+    max_examples=600,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+def test_bytes_that_were_changed(
+    driver: Driver,
+    whole: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+    data: st.DataObject,
+) -> None:
+    changed = whole[data.draw(st.sampled_from(KINDS))]
+    for _ in range(data.draw(st.integers(1, 3))):
+        width = data.draw(st.sampled_from([1, 4, 8]))
+        # Headers come first, and are where a byte does most.
+        last = data.draw(st.sampled_from([100, 300, len(changed)])) - width
+        at = data.draw(st.integers(0, min(last, len(changed) - width)))
+        changed = put(changed, at, data.draw(st.sampled_from(NUMBERS)), width)
+    path = tmp_path_factory.getbasetemp() / "changed.faiss"
+    path.write_bytes(changed[: data.draw(st.one_of(st.none(), st.integers(0, len(changed))))])
+    result = driver.open(path)
+    assert result["outcome"] in ("opened", "StoreError", "UnsupportedIndexError", "DataError")
+    assert result["grown"] < MOST_BYTES
+
+
+# What was found, each by itself.
+
+
+@pytest.mark.parametrize(
+    ("factory", "code", "offset"), [("NSG8,Flat", b"INSf", 58), ("IVF4,Flat", b"ilar", 4)]
+)
+def test_counts_for_which_memory_is_taken_before_they_are_checked(
+    driver: Driver,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    factory: str,
+    code: bytes,
+    offset: int,
+) -> None:
+    data = whole[factory]
+    at = data.index(code) + offset
+    path = tmp_path / "huge.faiss"
+    path.write_bytes(put(data, at, 10**8, 4))
+    result = driver.open(path)
+    assert result["outcome"] == "StoreError"
+    assert result["grown"] < MOST_BYTES
+    with pytest.raises(StoreError, match=r"huge\.faiss: a header counts 100,000,000"):
+        FaissStore(path)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF4,Flat", "PQ4x4np,RFlat", "RaBitQ"])
+def test_large_files_that_are_cut(driver: Driver, tmp_path: Path, factory: str) -> None:
+    # FAISS's mapped reader takes the last number for whole, or reads beyond the map.
+    data = content(factory, 120_000 if factory == "RaBitQ" else 45_000, 24)
+    assert len(data) > 1 << 20
+    path = tmp_path / "cut.faiss"
+    page = len(data) // 4096 * 4096
+    for length in [len(data) - 7, len(data) - 1, page, 1 << 20, (1 << 20) + 2]:
+        path.write_bytes(data[:length])
+        assert driver.open(path)["outcome"] == "StoreError"
+        with pytest.raises(StoreError, match=r"cut\.faiss"):
+            FaissStore(path)
+
+
+@pytest.mark.parametrize(
+    ("factory", "name", "value"),
+    [("RaBitQ", "qb", 200), ("RaBitQ", "code_size", 2**23), ("RaBitQfs", "ntotal2", 2**40)],
+)
+def test_headers_that_do_not_fit_the_codes(
+    tmp_path: Path, whole: dict[str, bytes], factory: str, name: str, value: int
+) -> None:
+    index = faiss.deserialize_index(np.frombuffer(whole[factory], np.uint8))
+    setattr(index, name, value)
+    if name == "code_size":
+        index.rabitq.code_size = value
+    path = tmp_path / "codes.faiss"
+    faiss.write_index(index, str(path))
+    with pytest.raises(StoreError, match=r"codes\.faiss"):
+        open_store(str(path))
+
+
+def test_a_graph_that_would_be_searched_for_ever(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    index = faiss.deserialize_index(np.frombuffer(whole["NSG8,Flat"], np.uint8))
+    path = tmp_path / "graph.faiss"
+    faiss.write_index(index, str(path))
+    with pytest.raises(ConfigError, match="at most the number of rows"):
+        open_store(str(path)).search(np.ones((1, DIM), np.float32), 3, {"search_L": COUNT + 1})
+    index.nsg.search_L = COUNT + 1
+    faiss.write_index(index, str(path))
+    with pytest.raises(StoreError, match=r"graph\.faiss.* for ever"):
+        open_store(str(path))
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "empty.faiss"
+    path.touch()
+    with pytest.raises(StoreError, match=r"empty\.faiss: the file is empty"):
+        FaissStore(path)
+
+
+def test_every_kind_opens_when_whole(
+    driver: Driver, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "whole.faiss"
+    for factory in KINDS:
+        path.write_bytes(whole[factory])
+        assert driver.open(path)["outcome"] == "opened", factory
