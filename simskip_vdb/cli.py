@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,20 +79,27 @@ def cli(verbose: bool) -> None:
 def main() -> None:
     """Run the command line and exit with the code that the outcome means."""
     try:
-        code = cli.main(prog_name="simskip", standalone_mode=False)
+        code = cli.main(prog_name="simskip", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        code = _fail(error.format_message(), "UsageError", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command resumes", err=True)
-        code = INTERRUPTED
+        message = "interrupted; the same command resumes"
+        click.echo(message, err=True)
+        code = _fail(message, "Interrupted", INTERRUPTED)
     except SimskipError as error:
-        if "--json" in sys.argv:
-            body = {"type": type(error).__name__, "message": str(error)}
-            _print_json({"schema": 1, "error": body, "exit_code": error.exit_code})
         click.echo(f"error: {error}", err=True)
-        code = error.exit_code
-    sys.exit(code or 0)
+        code = _fail(str(error), type(error).__name__, error.exit_code)
+    except Exception as error:  # a defect: the traceback is for its report
+        traceback.print_exc()
+        code = _fail(str(error), type(error).__name__, SimskipError.exit_code)
+    sys.exit(code)
+
+
+def _fail(message: str, kind: str, code: int) -> int:
+    if "--json" in sys.argv:
+        _print_json({"schema": 1, "error": {"type": kind, "message": message}, "exit_code": code})
+    return code
 
 
 def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -116,6 +124,19 @@ _judgments = _options(
         for name, text in JUDGMENT_FILES
     )
 )
+_originals = _options(
+    click.option(
+        "--originals",
+        metavar="FILE.npy|INDEX",
+        help="Where INDEX holds lossy codes (PQ, RaBitQ, PCA…): the exact vectors, in the order "
+        "of its rows, or another index that has them under the same ids.",
+    ),
+    click.option(
+        "--originals-ids",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="INDEX's id of each vector in FILE.npy, one a line.",
+    ),
+)
 _measure = click.option(
     "--measure",
     help="What the gate judges, as ir-measures writes it: nDCG@10, R@100, RR@10, P@5, Rprec…  "
@@ -127,7 +148,13 @@ _search_params = click.option(
     metavar="NAME=VALUE,…",
     help="Search settings as your application sets them, such as nprobe=16 or efSearch=64.",
 )
-_seed = click.option("--seed", default=0, show_default=True, help="Seed of every random draw.")
+_seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of every random draw.",
+)
 _fitting = _options(
     click.option(
         "--side",
@@ -202,6 +229,7 @@ def inspect(index: str, state: Path | None, as_json: bool) -> None:
 @cli.command(epilog=EXIT_CODES)
 @_index
 @_judgments
+@_originals
 @_measure
 @_fitting
 @_state
@@ -223,6 +251,7 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
 @cli.command(epilog=EXIT_CODES)
 @_index
 @_judgments
+@_originals
 @_measure
 @click.option(
     "--refiner",
@@ -256,6 +285,7 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 @cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")
 @_index
 @_judgments
+@_originals
 @_measure
 @_growing
 @_fitting
@@ -302,9 +332,16 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
 
 @cli.command()
 @_index
+@_originals
 @_state
 @_json
-def rollback(index: str, state: Path | None, as_json: bool) -> None:
+def rollback(
+    index: str,
+    originals: str | None,
+    originals_ids: Path | None,
+    state: Path | None,
+    as_json: bool,
+) -> None:
     """Restore the vectors that INDEX held before it was refined.
 
     Where the file is as `refine` left it, the very bytes from before come back. Otherwise refined
@@ -351,9 +388,10 @@ def _prepare(
         device=options.pop("device", "auto"),
     )
     params = _parameters(options.pop("search_params", ""))
+    exact = {name: options.pop(name) for name in ("originals", "originals_ids")}
     settings = Settings(fit=fitting, search_params=params, **options)
     judgments = read_judgments(files)
-    return open_store(index, read_only=read_only), judgments, settings
+    return open_store(index, read_only=read_only, **exact), judgments, settings
 
 
 def _parameters(text: str) -> Mapping[str, float]:

@@ -152,10 +152,7 @@ def _draw(
     chosen = [*order[:6], *order[-2:]]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(
-        "Nearest neighbours before (left) and after (right): the six queries that gained most, "
-        "the two that lost most"
-    )
+    figure.suptitle("The six queries that gained most, and the two that lost most")
     axes = figure.subplots(len(chosen), 2 * SHOWN + 2)
     gray = {"cmap": "gray_r", "vmin": 0, "vmax": 16}
     for row, query in zip(axes, chosen, strict=True):
@@ -174,5 +171,7 @@ def _draw(
             for spine in cell.spines.values():
                 spine.set_color(color)
                 spine.set_linewidth(1 if title else 2.5)
+    for column, title in ((1, "before"), (SHOWN + 2, "after")):
+        axes[0][column].set_title(title, fontsize=11, loc="left")
     figure.savefig(path, dpi=110)
     return path

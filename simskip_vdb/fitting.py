@@ -22,7 +22,7 @@ from simskip_vdb.rows import hash_ids, row_digests
 from simskip_vdb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from simskip_vdb.training import Fitted
+    from simskip_vdb.training import Fitted, Problem
 
 TOP = 10
 LATE_ROWS = 0.1  # part of the rows that the probe treats as late
@@ -69,7 +69,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         metric=space.info.metric,
         queries=fit_queries if len(fit_queries) else None,
         groups=judged.groups,
-        usable=space.usable & ~judged.held_out,
+        usable=space.usable & ~space.twins(judged.held_out),
     )
 
     def fit(stage: str, problem: Problem, plan: Plan | None) -> Fitted:
@@ -84,7 +84,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     if not len(judged.queries[Split.VALIDATION]):
         # Nothing to choose by: all of f, as published; the gate will find nothing measured.
         fitted = fit("fit", problem, Plan(steps=settings.steps, alpha=1.0, beta=1.0))
-        return replace(fitted.refiner, info=_info(fitted, key))
+        return _recorded(fitted.refiner, space, problem, _info(fitted, key))
     fitted = fit("fit", problem, None)
     info = _info(fitted, key)
     measured = measure(space, fitted.refiner, Split.VALIDATION)
@@ -92,30 +92,58 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     info["validation"] = asdict(measured[0])
     refiner = fitted.refiner
     if refiner.is_identity:
-        return replace(refiner, info=info)
-    late = _late_rows(space)
+        return _recorded(refiner, space, problem, info)
+    late = choose_late_rows(space)
     probe = fit("probe", replace(problem, late=late), fitted.plan).refiner
-    share, rule = _treat_late_rows(space, probe, late)
+    share, rule = treat_late_rows(space, probe, late)
     info["late_rows"] = {**share.to_dict(), "rule": rule.value}
     if space.held(Split.VALIDATION).any():
         # The choice is made: rows that stood in for validation queries may now be learnt from.
-        whole = replace(problem, usable=space.usable & ~space.held(Split.TEST))
+        whole = replace(problem, usable=space.usable & ~space.twins(space.held(Split.TEST)))
         refiner = fit("fit on all rows", whole, fitted.plan).refiner
-        info["learnt_from_validation"] = True
-    return replace(refiner, late=rule, info=info)
+        problem = whole
+    return _recorded(replace(refiner, late=rule), space, problem, info)
 
 
-def _late_rows(space: Workspace) -> Mask:
-    """Choose a tenth of the rows by hash, to be treated as if they arrived after the fit."""
+def _recorded(
+    refiner: Refiner, space: Workspace, problem: Problem, info: Mapping[str, Any]
+) -> Refiner:
+    """Note in a refiner what it learnt from and was chosen by, which proves nothing about it."""
+    learnt = [row_digests(space.judged.queries[Split.FIT].vectors)]
+    if problem.groups is not None:
+        usable = problem.usable
+        learnt += [
+            row_digests(block)[usable[start : start + len(block)]]
+            for start, block in space.rows.blocks()
+        ]
+    return replace(
+        refiner,
+        fitted_on=np.unique(np.concatenate(learnt)),
+        chosen_on=np.unique(row_digests(space.judged.queries[Split.VALIDATION].vectors)),
+        info=info,
+    )
+
+
+def choose_late_rows(space: Workspace) -> Mask:
+    """Choose a tenth of the rows by hash, to be treated as if they arrived after the fit.
+
+    Returns:
+        Shape (n,).
+    """
     drawn = hash_ids(space.rows.ids, space.settings.fit.seed)
     late: Mask = drawn < np.uint64(LATE_ROWS * 2**64)
     return late & space.usable & ~space.judged.held_out
 
 
-def _treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateRows, LateRule]:
+def treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateRows, LateRule]:
     """Choose how late rows are treated, by a refiner that was fitted without them.
 
     Of the rules that are fair, the better on validation; if none is fair, the fairer.
+
+    Args:
+        space: The index and its judgments.
+        probe: The refiner that was fitted without late rows.
+        late: Those rows, shape (n,).
     """
     judged = space.judged.queries[Split.VALIDATION]
     skip = space.skipped(Split.VALIDATION)

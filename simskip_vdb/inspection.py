@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.datatypes import Progress, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, silent
 from simskip_vdb.pipeline import status
 from simskip_vdb.report import number
 from simskip_vdb.rows import row_digests
@@ -51,7 +51,7 @@ def inspect(
         "dim": info.dim,
         "metric": info.metric.value,
         "ids": "positions" if info.positional else "explicit",
-        "readable": "exactly" if info.exact else "slightly lossy codes",
+        "readable": _readable(info),
         "parameters": dict(info.details),
         "norms": tally.norms(),
         "duplicate_ids": tally.duplicate_ids(),
@@ -59,7 +59,7 @@ def inspect(
         "bad_rows": tally.bad_rows(),
         "hubness": _hubness(tally.sample(), info.metric.value),
         "refined": past["refined"],
-        "next": _next_steps(info.uri, tally, past),
+        "next": _next_steps(info, tally, past),
     }
 
 
@@ -168,15 +168,19 @@ def _hubness(sample: Vectors, metric: str) -> dict[str, float] | None:
     }
 
 
-def _next_steps(uri: str, tally: _Tally, past: Mapping[str, Any]) -> list[str]:
+def _readable(info: StoreInfo) -> str:
+    if info.lossy:
+        return "lossy codes: refining needs the exact vectors (--originals)"
+    return "exactly" if info.exact else "slightly lossy codes"
+
+
+def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list[str]:
+    uri = f"{info.uri} --originals FILE.npy" if info.lossy else info.uri
     steps = []
+    if past["copy_of"]:
+        return [f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"]
     if past["refined"] is not None:
-        steps += [f"simskip status {uri}", f"simskip rollback {uri}"]
-    elif past["copy_of"]:
-        steps.append(
-            f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"
-        )
-        return steps
+        steps += [f"simskip status {info.uri}", f"simskip rollback {info.uri}"]
     if tally.duplicate_ids():
         steps.append("give every row an id of its own: ids that repeat cannot be refined")
         return steps

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -34,6 +35,10 @@ from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
 from simskip_vdb.rows import Digests, Rows
 
 SCHEMA = 1
+OURS = re.compile(
+    r"(originals|written)-[0-9a-f]{12}\.arrow|(originals|written)\.tmp|kept-[0-9a-f]{12}"
+)
+"""Names of files that may be deleted; a state folder may be one that holds other things."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,7 @@ class Write:
     Attributes:
         refiner: Id of the refiner whose vectors were written; empty for a rollback.
         before: SHA-256 of the index file before the write.
+        originals: Every row as the application had written it.
         fingerprint: SHA-256 of the index file after the write.
         written: Digests of all rows as read back.
         kept: The index file from before the first write; None where rows changed in between.
@@ -62,6 +68,7 @@ class Write:
     refiner: str
     before: str
     fingerprint: str
+    originals: FileRef | None
     written: FileRef | None
     kept: FileRef | None
     time: float
@@ -76,7 +83,6 @@ class Manifest:
     index: str
     dim: int
     metric: str
-    originals: FileRef | None = None
     current: Write | None = None
     pending: Write | None = None
     copy_of: str | None = None
@@ -98,6 +104,7 @@ class Journal:
         self.folder = folder
         self._info = info
         self._lock: Any = None
+        self.scanned: FileRef | None = None
         self.manifest = self._read_manifest()
 
     def __enter__(self) -> Journal:
@@ -106,7 +113,8 @@ class Journal:
         except ImportError:
             raise MissingDependencyError("filelock", "eval") from None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # Originals must not be readable for more people than the index is.
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
             self._lock.acquire()
         except filelock.Timeout:
@@ -128,9 +136,7 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        manifest = self.manifest
-        if manifest.originals is not None and manifest.current is manifest.pending is None:
-            self._update(originals=None)  # nothing was written, so nothing needs undoing
+        self.scanned = None
         self._sweep()
         self._lock.release()
 
@@ -152,29 +158,28 @@ class Journal:
         """
         path = self.folder / ref.name
         if not path.is_file():
-            raise JournalError(
-                f"{path} is missing; restore the state folder from a backup. "
-                "Nothing was written to the index"
-            )
+            raise JournalError(f"{path} is missing; restore the state folder from a backup")
         if sha256_of(path) != ref.sha256:
             raise JournalError(
-                f"{path} is damaged (its checksum differs); restore the state folder from a "
-                "backup. Nothing was written to the index"
+                f"{path} is damaged (its checksum differs); restore the state folder from a backup"
             )
         return path
 
-    def open_originals(self) -> Rows:
-        """Return the originals that the manifest names.
+    def open_originals(self, write: Write) -> Rows:
+        """Return the originals of the rows that a write touched.
 
         Raises:
             JournalError: There are none, or they are damaged.
         """
-        if self.manifest.originals is None:
+        if write.originals is None:
             raise JournalError(f"{self.folder} holds no originals of this index")
-        return Rows(self.path(self.manifest.originals))
+        return Rows(self.path(write.originals))
 
     def save_originals(self, batches: Iterable[VectorBatch]) -> Rows:
-        """Write the originals, make them durable, and name them in the manifest."""
+        """Write the originals of the rows that are there now, and make them durable.
+
+        They are `scanned` until a write names them; those of the last write stay beside them.
+        """
         import pyarrow as pa
 
         dim = self._info.dim
@@ -186,8 +191,8 @@ class Journal:
                 vectors = pa.FixedSizeListArray.from_arrays(flat, dim)
                 yield pa.record_batch([pa.array(batch.ids), vectors], schema=schema)
 
-        ref = self._save_arrow("originals", schema, tables())
-        self._update(originals=ref)
+        self._update()  # a folder that holds rows has a manifest
+        ref = self.scanned = self._save_arrow("originals", schema, tables())
         return Rows(self.folder / ref.name)
 
     def announce(self, write: Write) -> None:
@@ -211,7 +216,6 @@ class Journal:
             self._update(
                 pending=None,
                 current=write if write.refiner else None,
-                originals=self.manifest.originals if write.refiner else None,
                 history=(*self.manifest.history, entry),
             )
         self._sweep()
@@ -245,6 +249,11 @@ class Journal:
         path = self.folder / "manifest.json"
         info = self._info
         if not path.is_file():
+            if self.folder.is_dir() and any(OURS.fullmatch(p.name) for p in self.folder.iterdir()):
+                raise JournalError(
+                    f"{path} is missing beside what it names, so nobody can tell originals from "
+                    "refined rows; restore the state folder from a backup"
+                )
             return Manifest(
                 state_id=uuid.uuid4().hex, index=info.uri, dim=info.dim, metric=info.metric.value
             )
@@ -268,6 +277,14 @@ class Journal:
                 f"({manifest.dim} dimensions, {manifest.metric}), not of {info.uri} "
                 f"({info.dim}, {info.metric.value}); move it away or choose another with --state"
             )
+        elsewhere = self.folder != beside(info.uri)
+        if manifest.current is not None and manifest.index != info.uri:
+            if elsewhere and _file_of(manifest.index).exists():
+                raise JournalError(
+                    f"{self.folder} is the state of {manifest.index}, not of {info.uri}; give each "
+                    "index a state folder of its own with --state"
+                )
+            manifest = replace(manifest, index=info.uri)  # the index moved, and its state with it
         return manifest
 
     def _save_arrow(self, stem: str, schema: Any, batches: Iterable[Any]) -> FileRef:  # noqa: ANN401 pyarrow
@@ -292,14 +309,24 @@ class Journal:
     def _sweep(self) -> None:
         """Delete what a killed run or a finished write left unnamed."""
         manifest = self.manifest
-        named = {manifest.originals.name} if manifest.originals else set()
+        refs = [self.scanned]
         for write in (manifest.current, manifest.pending):
             if write is not None:
-                named |= {ref.name for ref in (write.written, write.kept) if ref is not None}
-        for pattern in ("originals*", "written*", "kept*"):
-            for file in self.folder.glob(pattern):
-                if file.name not in named:
-                    file.unlink()
+                refs += [write.originals, write.written, write.kept]
+        named = {ref.name for ref in refs if ref is not None}
+        for file in self.folder.iterdir():
+            if OURS.fullmatch(file.name) and file.name not in named and file.is_file():
+                file.unlink()
+
+
+def beside(uri: str) -> Path:
+    """Return the folder beside an index file that holds its state, unless told otherwise."""
+    file = _file_of(uri)
+    return file.with_name(file.name + ".simskip")
+
+
+def _file_of(uri: str) -> Path:
+    return Path(uri.partition(":")[2] or uri)
 
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:
@@ -307,7 +334,6 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
     values = {name: value for name, value in data.items() if name in known}
     for name in ("current", "pending"):
         values[name] = _write_from(values[name])
-    values["originals"] = _ref_from(values["originals"])
     values["history"] = tuple(values["history"])
     return Manifest(**values)
 
@@ -315,7 +341,7 @@ def _manifest_from(data: Mapping[str, Any]) -> Manifest:
 def _write_from(data: Mapping[str, Any] | None) -> Write | None:
     if data is None:
         return None
-    refs = {name: _ref_from(data[name]) for name in ("written", "kept")}
+    refs = {name: _ref_from(data[name]) for name in ("originals", "written", "kept")}
     return Write(**{**data, **refs})
 
 

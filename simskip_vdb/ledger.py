@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from simskip_vdb.datatypes import Split
 from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import JournalError
 
@@ -18,7 +18,8 @@ class Ledger:
 
     A query's split is never changed once recorded. The number of a look is one more than the
     most often any of its queries was looked at before, so that adding queries to a test set does
-    not make it new; looking again at the same refiner with the same queries is the same look.
+    not make it new; looking again at the same refiner with the same queries and judgments
+    is the same look.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,9 +30,7 @@ class Ledger:
         if self._path.is_file():
             try:
                 data = json.loads(self._path.read_bytes())
-                self.splits, self.looked, self.looks = (
-                    data[key] for key in ("splits", "looked", "looks")
-                )
+                self.splits, self.looked, self.looks = _checked(data)
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(
                     f"{self._path} cannot be read ({error}); restore it from a backup: without it "
@@ -45,17 +44,17 @@ class Ledger:
             self.splits = merged
             self._save()
 
-    def look(self, refiner: str, measure: str, query_ids: Iterable[str]) -> int:
+    def look(self, refiner: str, measure: str, content: str, query_ids: Iterable[str]) -> int:
         """Count a look at these test queries before it happens, and return its number.
 
         Args:
             refiner: Id of the refiner that is compared with what the index holds.
             measure: The chosen measure.
+            content: Digest of the queries and their judgments.
             query_ids: All test queries.
         """
         names = sorted(query_ids)
-        test = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-        key = {"refiner": refiner, "measure": measure, "test": test}
+        key = {"refiner": refiner, "measure": measure, "test": content}
         for earlier in self.looks:
             if {name: earlier[name] for name in key} == key:
                 return int(earlier["look"])
@@ -68,3 +67,15 @@ class Ledger:
     def _save(self) -> None:
         data = {"splits": self.splits, "looked": self.looked, "looks": self.looks}
         write_durably(self._path, json.dumps(data).encode())
+
+
+def _checked(
+    data: Mapping[str, Any],
+) -> tuple[dict[str, str], dict[str, int], list[dict[str, Any]]]:
+    splits, looked, looks = (data[key] for key in ("splits", "looked", "looks"))
+    for value, kind in ((splits, dict), (looked, dict), (looks, list)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{type(value).__name__} where {kind.__name__} belongs")
+    for split in set(splits.values()):
+        Split(split)
+    return splits, looked, looks

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Split, Vectors
+from simskip_vdb.datatypes import Ids, JudgedQueries, Positions, Split, Vectors
+from simskip_vdb.errors import DataError
 from simskip_vdb.evaluation import (
     compare,
     compare_strata,
@@ -23,8 +25,9 @@ from simskip_vdb.evaluation import (
 from simskip_vdb.gate import Decision, Evidence, LateRows, decide_ann, look_level
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.rows import row_digests
 from simskip_vdb.store import VectorStore
-from simskip_vdb.workspace import Workspace
+from simskip_vdb.workspace import Blocks, Workspace
 
 ANN_PROBES = 200  # rows that stand in for queries where none were given
 
@@ -39,6 +42,7 @@ class Measured:
         strata: The chosen measure over ``seen`` and ``unseen`` queries; None where there are none.
         regressions: The queries that lost most.
         group_overlap: Top-10 overlap inside groups; None without groups.
+        left_out: Queries left out because the refiner learnt from them.
     """
 
     split: str
@@ -46,9 +50,12 @@ class Measured:
     strata: Mapping[str, Any]
     regressions: Sequence[Mapping[str, Any]]
     group_overlap: float | None
+    left_out: int
 
 
-def measure(space: Workspace, refiner: Refiner, split: Split) -> tuple[Measured, Evidence] | None:
+def measure(
+    space: Workspace, refiner: Refiner, split: Split, *, as_is: bool = False
+) -> tuple[Measured, Evidence] | None:
     """Compare what the index holds with what a refiner makes of it, by exact search.
 
     Reading the test queries is counted as a look before it happens.
@@ -57,30 +64,36 @@ def measure(space: Workspace, refiner: Refiner, split: Split) -> tuple[Measured,
         space: The index and its judgments.
         refiner: What to measure.
         split: Which queries to measure on.
+        as_is: The refiner wrote the index: measure the rows that it holds.
 
     Returns:
         None where the split has no queries.
+
+    Raises:
+        DataError: The refiner learnt from all of these queries.
     """
     judged = space.judged.queries[split]
     if not len(judged):
         return None
+    given = len(judged)
+    judged = _unseen(refiner, judged, split)
     look = 1
     if split is Split.TEST:
-        look = space.ledger.look(refiner.id, space.measure, judged.ids)
+        content = _digest(judged, space.rows.ids)
+        look = space.ledger.look(refiner.id, space.measure, content, judged.ids)
     k = max(depth(space.measures, judged), 10)
     skip, late, seed = space.skipped(split), space.late_when_written, space.settings.fit.seed
     with space.timed("evaluate"):
         before = space.search(judged.vectors, space.current_blocks(), k, skip).ids
-        after = space.search(
-            refiner(judged.vectors), space.refined_blocks(refiner, late), k, skip
-        ).ids
+        rows = space.blocks_of(space.store) if as_is else space.refined_blocks(refiner, late)
+        after = space.search(refiner(judged.vectors), rows, k, skip).ids
         was, now = (score(judged, found, space.measures) for found in (before, after))
         levels = {name: None for name in space.measures} | {space.measure: look_level(look)}
         compared = {
             name: compare(was[name], now[name], level, seed) for name, level in levels.items()
         }
         was_chosen, now_chosen = was[space.measure], now[space.measure]
-        strata = compare_strata(was_chosen, now_chosen, _seen(space, split), seed)
+        strata = compare_strata(was_chosen, now_chosen, _seen(space, judged), seed)
         overlap = None
         if space.judged.groups is not None:
             overlap = group_overlap(judged, before, after)
@@ -94,6 +107,7 @@ def measure(space: Workspace, refiner: Refiner, split: Split) -> tuple[Measured,
             item.to_dict() for item in worst_regressions(judged.ids, was_chosen, now_chosen)
         ],
         group_overlap=overlap,
+        left_out=given - len(judged),
     )
     evidence = Evidence(
         measure=space.measure,
@@ -107,8 +121,30 @@ def measure(space: Workspace, refiner: Refiner, split: Split) -> tuple[Measured,
     return measured, evidence
 
 
-def _seen(space: Workspace, split: Split) -> NDArray[np.bool_]:
-    judged = space.judged.queries[split]
+def _unseen(refiner: Refiner, judged: JudgedQueries, split: Split) -> JudgedQueries:
+    """Leave out queries that the refiner learnt from or, for test, was chosen by."""
+    known = refiner.fitted_on
+    if split is Split.TEST:
+        known = np.concatenate([known, refiner.chosen_on])
+    fresh = ~np.isin(row_digests(judged.vectors), known)
+    if not fresh.any():
+        raise DataError(
+            f"refiner {refiner.id} learnt from all {len(judged)} {split.value} queries, so they "
+            "prove nothing about it; give queries that it never saw"
+            + (", or measure with --on test" if split is Split.VALIDATION else "")
+        )
+    return judged.subset(fresh)
+
+
+def _digest(judged: JudgedQueries, row_ids: Ids) -> str:
+    """Hash queries and judgments, so that changed ones cannot pass for an earlier look."""
+    digest = hashlib.sha256("\n".join(judged.ids).encode())
+    for array in (judged.vectors, judged.indptr, row_ids[judged.rows], judged.grades):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def _seen(space: Workspace, judged: JudgedQueries) -> NDArray[np.bool_]:
     if space.judged.groups is not None:  # every group was learnt from
         return np.ones(len(judged), np.bool_)
     return seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
@@ -141,22 +177,39 @@ class ThroughIndex:
         self.measures: dict[str, dict[str, float]] = {}
         self.ann: dict[str, float] = {}
 
-    def look(self, when: str, store: VectorStore, refiner: Refiner | None) -> None:
-        """Search a store whose rows went through `refiner`; None for the index as it is."""
+    def look(
+        self, when: str, store: VectorStore, refiner: Refiner | None, *, as_is: bool = False
+    ) -> None:
+        """Search a store whose rows went through `refiner`; None for the index as it is.
+
+        With `as_is`, the rows that the store holds are compared, whoever wrote them.
+        """
         space = self._space
         queries = self._queries if refiner is None else refiner(self._queries)
-        if refiner is None:
-            blocks = space.current_blocks()
-        else:
-            blocks = space.refined_blocks(refiner, space.late_when_written)
+        blocks, take = self._rows(store, refiner, as_is)
         exact = space.search(queries, blocks, 10)
         names = space.measures if self._scored else ()
         k = max(10, depth(names, self._judged) if names else 0)
         found = space.through(store, queries, k, self._lookup)
-        self.ann[when] = space.ann_recall(queries, exact, found[:, :10], refiner)
+        self.ann[when] = space.ann_recall(queries, exact, found[:, :10], take)
         if names:
             for name, values in score(self._judged, found, names).items():
                 self.measures.setdefault(name, {})[when] = float(values.mean())
+
+    def _rows(
+        self, store: VectorStore, refiner: Refiner | None, as_is: bool
+    ) -> tuple[Blocks, Callable[[Positions], Vectors]]:
+        """Return the rows that exact search goes through, all and by position."""
+        space, ids, late = self._space, self._space.rows.ids, self._space.late_when_written
+        if refiner is None:
+            return space.current_blocks(), space.current_rows
+        if as_is or not (space.info.exact or space.info.lossy):
+            # Originals were read from codes, so codes are what is compared before and after.
+            return space.blocks_of(store), lambda places: store.fetch(ids[places])
+        return (
+            space.refined_blocks(refiner, late),
+            lambda at: refiner.refine_rows(space.rows.take(at), ids[at], late[at]),
+        )
 
     def accept(self, candidate: VectorStore) -> None:
         """Measure the candidate and refuse it where its ann_recall fell too far."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,26 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
-from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.fitting import describe, fit_or_recall, validated
 from simskip_vdb.gate import Decision, decide
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import Journal, Write, beside
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.measuring import Measured, RefusedError, ThroughIndex, measure
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written, fingerprint, recover, write, write_copy
 from simskip_vdb.reindex import rollback as roll_back
-from simskip_vdb.report import Report
+from simskip_vdb.report import Report, undo_command
 from simskip_vdb.reporting import build_report, forecast, summarise, written_part
 from simskip_vdb.store import VectorStore
-from simskip_vdb.workspace import Settings, Workspace, open_workspace, state_folder
+from simskip_vdb.workspace import (
+    Settings,
+    Workspace,
+    forget_elsewhere,
+    open_workspace,
+    point_elsewhere,
+    state_folder,
+)
 
 __all__ = ["Settings", "evaluate", "fit", "refine", "rollback", "status"]
-
-log = logging.getLogger(__name__)
-
-ANN_PROBES = 200  # rows that stand in for queries where none were given
 
 
 def fit(
@@ -51,6 +54,7 @@ def fit(
         SimskipError: See `errors`; nothing was written.
     """
     settings = settings or Settings()
+    _check_output(settings, None)
     with open_workspace(store, judgments, settings, progress) as space:
         refiner = fit_or_recall(space, progress)
         folder = _save(refiner, space)
@@ -89,17 +93,12 @@ def evaluate(
         refiner = _load(folder, space) if folder else _identity(space)
         if not len(space.judged.queries[on]):
             raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
-        if on is Split.VALIDATION and refiner.info.get("learnt_from_validation"):
-            raise DataError(
-                "the rows that stand in for validation queries were learnt from once the choice "
-                "was made, so they prove nothing now; measure with --on test, which counts as a "
-                "look, or give queries of their own with --dev-queries and --dev-labels"
-            )
-        measured = measure(space, refiner, on)
+        as_is = written is not None and settings.refiner is None
+        measured = measure(space, refiner, on, as_is=as_is)
         assert measured is not None
         through = ThroughIndex(space, refiner, on)
         if written is not None and written.refiner == refiner.id:
-            through.look("after", store, refiner)
+            through.look("after", store, refiner, as_is=True)
         else:
             through.look("before", store, None)
         report = build_report(space, "evaluate", refiner, folder, measured[0])
@@ -173,6 +172,7 @@ def rollback(
     with Journal(folder, store.info()) as journal:
         recover(store, journal)
         done = roll_back(store, journal, progress)
+        forget_elsewhere(store)
     return {
         "schema": 1,
         "index": store.info().uri,
@@ -212,9 +212,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "changed_since": current is not None and fingerprint(store) != current.fingerprint,
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],
-        "undo": f"simskip rollback {info.uri}"
-        if refined and not journal.manifest.copy_of
-        else None,
+        "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
     }
 
 
@@ -229,6 +227,10 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
 
     def refined(start: int, block: Vectors) -> Vectors:
         return space.refined(refiner, start, block, space.late_when_written)
+
+    def accept(candidate: VectorStore) -> None:
+        through.accept(candidate)
+        point_elsewhere(space.store, space.journal.folder)
 
     def accept_copy(candidate: VectorStore) -> None:
         through.accept(candidate)
@@ -245,7 +247,7 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
                     refined,
                     journal=space.journal,
                     refiner=refiner,
-                    accept=through.accept,
+                    accept=accept,
                     summary=summary,
                     progress=progress,
                 )
@@ -279,7 +281,12 @@ def _mark_copy(
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
     info = replace(candidate.info(), uri=f"faiss:{output}")
-    with Journal(output.with_name(output.name + ".simskip"), info) as journal:
+    with Journal(beside(info.uri), info) as journal:
+        if journal.manifest.current is not None and journal.manifest.copy_of is None:
+            raise JournalError(
+                f"{journal.folder} is the state of a refined index that was moved away; name "
+                "another --output, or move that folder to where the index is now"
+            )
         refiner.save(journal.refiners / refiner.id)
         journal.mark_copy(
             space.info.uri,
@@ -287,6 +294,7 @@ def _mark_copy(
                 refiner=refiner.id,
                 before="",
                 fingerprint=fingerprint(candidate),
+                originals=None,
                 written=None,
                 kept=None,
                 time=time.time(),
@@ -302,7 +310,7 @@ def _refiner(space: Workspace, progress: Progress) -> Refiner:
 
 def _described(space: Workspace, refiner: Refiner) -> Measured | None:
     """Say what validation queries show of a refiner, without a look at test."""
-    if space.settings.refiner is None or refiner.info.get("learnt_from_validation"):
+    if space.settings.refiner is None:
         return validated(refiner)
     measured = measure(space, refiner, Split.VALIDATION)
     return None if measured is None else measured[0]
@@ -342,8 +350,12 @@ def _check_output(settings: Settings, side: Side | None) -> None:
         raise ConfigError(
             "side docs is written in place and undone by rollback; --output belongs to --side both"
         )
-    if settings.output is not None and settings.output.exists():
+    if settings.output is not None and os.path.lexists(settings.output):
         raise ConfigError(f"{settings.output} exists; name a new file, or remove it first")
+    if settings.output is not None and not settings.output.parent.is_dir():
+        raise ConfigError(f"there is no folder {settings.output.parent} for --output")
+    if settings.out is not None and settings.out.exists() and not settings.out.is_dir():
+        raise ConfigError(f"--out {settings.out} is a file; name a folder for the refiner")
 
 
 def _unchanged(space: Workspace) -> bool:

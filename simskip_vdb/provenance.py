@@ -6,11 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Ids, Positions, VectorBatch, Vectors
-from simskip_vdb.errors import JournalError
+from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, row_digests
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import TakesOriginals, VectorStore
 
 SCAN_ROWS = 8192
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
@@ -28,7 +28,84 @@ class Lookup:
         if not len(self._sorted):
             return np.full(len(ids), -1)
         places = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)
-        return np.where(self._sorted[places] == ids, self._order[places], -1)
+        return np.asarray(np.where(self._sorted[places] == ids, self._order[places], -1))
+
+
+class Resemblance:
+    """Tells whether coarse codes stand for the rows that they should stand for.
+
+    A row that was decoded is nearer, by cosine, to its own vector than to another row's: nearly
+    always where each code is in its place, half of the time where they are shuffled.
+    """
+
+    _FEWEST = 100  # rows, below which a share says little
+    _SHARE = 0.75
+
+    def __init__(self) -> None:
+        self._rows = self._own = 0
+
+    def add(self, read: Vectors, exact: Vectors) -> None:
+        """Compare rows as read back, shape (b, d), with the exact ones."""
+        # Neighbours in scan order may be alike, so another row is taken from half a batch away.
+        other = np.roll(exact, len(exact) // 2, axis=0)
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            own, foreign = (
+                (read * rows).sum(axis=1) / np.linalg.norm(rows, axis=1) for rows in (exact, other)
+            )
+        comparable = np.isfinite(own) & np.isfinite(foreign)
+        self._rows += int(comparable.sum())
+        self._own += int((own >= foreign)[comparable].sum())
+
+    @property
+    def plausible(self) -> bool:
+        """Whether enough of the rows resemble their own vector."""
+        return self._rows < self._FEWEST or self._own >= self._SHARE * self._rows
+
+
+class TrueRows:
+    """A store's rows as the application gave them: ours undone, and codes not taken for vectors."""
+
+    def __init__(self, store: VectorStore, ours: OurRows | None) -> None:
+        self._store = store
+        self._ours = ours
+        self._lossy = store.info().lossy
+        self._resemblance = Resemblance()
+
+    def of(self, batch: VectorBatch) -> tuple[Vectors, NDArray[np.bool_]]:
+        """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,).
+
+        Raises:
+            UnsupportedIndexError: The store holds lossy codes, and nobody gave the exact vectors.
+        """
+        if self._ours is None:
+            vectors, ours = batch.vectors, np.zeros(len(batch), np.bool_)
+        else:
+            vectors, ours = self._ours.originals(batch)
+        if self._lossy and not ours.all():
+            vectors = vectors.copy()
+            vectors[~ours] = self._exact(batch.ids[~ours], batch.vectors[~ours])
+        return vectors, ours
+
+    def check(self) -> None:
+        """Make sure that the exact vectors are those behind the codes.
+
+        Raises:
+            DataError: They belong to other rows.
+        """
+        if not self._resemblance.plausible:
+            raise DataError(
+                f"{self._store.info().uri}: the originals do not resemble what the index holds; "
+                "give them in the order of the index's rows, or with their ids (--originals-ids)"
+            )
+
+    def _exact(self, ids: Ids, read: Vectors) -> Vectors:
+        if not isinstance(self._store, TakesOriginals):
+            raise UnsupportedIndexError(
+                f"{self._store.info().uri} holds lossy codes, and takes no originals"
+            )
+        exact = self._store.originals(ids)
+        self._resemblance.add(read, exact)
+        return exact
 
 
 class OurRows:
@@ -42,7 +119,7 @@ class OurRows:
 
     def __init__(self, journal: Journal, write: Write, store: VectorStore) -> None:
         assert write.written is not None
-        self._rows = journal.open_originals()
+        self._rows = journal.open_originals(write)
         self._ids, self._digests = journal.open_written(write.written)
         self._place = Lookup(self._rows.ids)
         self._written = Lookup(self._ids)
@@ -71,8 +148,17 @@ class OurRows:
             ours[doubtful] = self._rounded(batch.vectors[doubtful], batch.ids[doubtful])
         vectors = batch.vectors.copy()
         if ours.any():
-            vectors[ours] = self._rows.take(self._place.find(self._ids[written[ours]]))
+            vectors[ours] = self._rows.take(self._places(self._ids[written[ours]]))
         return vectors, ours
+
+    def _places(self, ids: Ids) -> Positions:
+        places = self._place.find(ids)
+        if (places < 0).any():
+            raise JournalError(
+                f"{self._rows.path} lacks originals of {int((places < 0).sum())} rows that were "
+                "refined; restore the state folder from a backup"
+            )
+        return places
 
     def _shifted(self, store: VectorStore) -> bool:
         """Tell whether any row is elsewhere than where we wrote it."""
@@ -88,7 +174,7 @@ class OurRows:
         return False
 
     def _rounded(self, vectors: Vectors, ids: Ids) -> NDArray[np.bool_]:
-        originals = self._rows.take(self._place.find(ids))
+        originals = self._rows.take(self._places(ids))
         refined = self._refiner.refine_rows(originals, ids)
         return near(vectors, refined, SAME) & ~near(originals, refined, 4 * SAME)
 
@@ -105,7 +191,7 @@ class OurRows:
     def _refuse_ambiguous(self, first: Positions, last: Positions) -> None:
         sizes = last - first
         members = np.repeat(first, sizes) + _ramps(sizes)
-        places = self._place.find(self._ids[self._order[members]])
+        places = self._places(self._ids[self._order[members]])
         originals = row_digests(self._rows.take(places))
         leaders = np.repeat(np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
         if (originals != originals[leaders]).any():
@@ -119,7 +205,7 @@ class OurRows:
 def _ramps(sizes: Positions) -> Positions:
     """Return 0…s-1 for every size s, one after the other."""
     starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return np.arange(sizes.sum()) - np.repeat(starts, sizes)
+    return np.asarray(np.arange(sizes.sum()) - np.repeat(starts, sizes))
 
 
 def near(a: Vectors, b: Vectors, tolerance: float) -> NDArray[np.bool_]:

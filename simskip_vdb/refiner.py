@@ -45,6 +45,10 @@ def _no_ids() -> Ids:
     return np.empty(0, dtype=np.int64)
 
 
+def _no_digests() -> NDArray[np.uint64]:
+    return np.empty(0, dtype=np.uint64)
+
+
 def _no_offsets() -> Vectors:
     return np.empty((0, 0), dtype=np.float32)
 
@@ -63,6 +67,9 @@ class Refiner:
         offset_ids: Shape (m,), ascending; integers or strings.
         offsets: Shape (m, d), float32.
         late: What happens to rows that arrived after the fit.
+        fitted_on: Digests (`rows.row_digests`) of the query vectors and rows that it learnt from,
+            ascending, uint64; these prove nothing about it.
+        chosen_on: Digests of the query vectors that it was chosen by.
         info: Where it comes from (seed, signal, versions); changes nothing that it computes.
         id: First 12 hex digits of a hash of everything that changes what it computes.
 
@@ -79,6 +86,8 @@ class Refiner:
     offset_ids: Ids = field(default_factory=_no_ids)
     offsets: Vectors = field(default_factory=_no_offsets)
     late: LateRule = LateRule.RAW
+    fitted_on: NDArray[np.uint64] = field(default_factory=_no_digests)
+    chosen_on: NDArray[np.uint64] = field(default_factory=_no_digests)
     info: Mapping[str, Any] = field(default_factory=dict)
     id: str = field(init=False)
 
@@ -160,6 +169,7 @@ class Refiner:
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, NDArray[Any]] = {"offsets": np.ascontiguousarray(self.offsets)}
         tensors["offset_ids"] = _ids_to_numbers(self.offset_ids)
+        tensors["fitted_on"], tensors["chosen_on"] = self.fitted_on, self.chosen_on
         for number, (weight, bias) in enumerate(self.layers):
             tensors[f"layers.{number}.weight"] = np.ascontiguousarray(weight)
             tensors[f"layers.{number}.bias"] = np.ascontiguousarray(bias)
@@ -357,5 +367,7 @@ def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
         offset_ids=ids,
         offsets=tensors["offsets"],
         late=LateRule(settings["late"]),
+        fitted_on=tensors["fitted_on"],
+        chosen_on=tensors["chosen_on"],
         info=dict(settings["info"]),
     )

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors, silent
-from simskip_vdb.errors import ConfigError, DataError, StoreError, VerificationError
+from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreError, VerificationError
 from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.provenance import SCAN_ROWS, Lookup, OurRows, near
+from simskip_vdb.provenance import SCAN_ROWS, Lookup, OurRows, Resemblance, TrueRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import Check, FileBacked, VectorStore
@@ -78,10 +78,8 @@ def recover(store: VectorStore, journal: Journal) -> None:
     if now in (pending.fingerprint, pending.before):
         happened = now == pending.fingerprint
     else:  # the application wrote since: see whose rows are there
-        after, before = (
-            _digests_of(journal, pending),
-            _digests_of(journal, journal.manifest.current),
-        )
+        after = _digests_of(journal, pending)
+        before = _digests_of(journal, journal.manifest.current or replace(pending, refiner=""))
         happened = _count_rows(store, after) > _count_rows(store, before)
     log.warning(
         "a run was interrupted while writing %s: %s",
@@ -110,19 +108,20 @@ def snapshot(
         progress: Called with rows done and rows in all.
 
     Raises:
-        DataError: Two rows have the same id.
+        DataError: Two rows have the same id, or the given originals are of other rows.
+        UnsupportedIndexError: The index holds lossy codes, and nobody gave the exact vectors.
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
     total = store.info().count
-    ours = OurRows.of(past or journal, store)
+    true = TrueRows(store, OurRows.of(past or journal, store))
 
     def originals() -> Iterator[VectorBatch]:
         done = 0
         for batch in store.scan(SCAN_ROWS):
-            vectors = batch.vectors if ours is None else ours.originals(batch)[0]
-            yield VectorBatch(ids=batch.ids, vectors=vectors)
+            yield VectorBatch(ids=batch.ids, vectors=true.of(batch)[0])
             done += len(batch)
             progress("read", done, total)
+        true.check()
 
     rows = journal.save_originals(originals())
     ordered = np.sort(rows.ids)
@@ -179,6 +178,7 @@ def write(
                 refiner=refiner.id,
                 before=before,
                 fingerprint=fingerprint(candidate),
+                originals=journal.scanned,
                 written=journal.save_written(rows.ids, digests),
                 kept=kept,
                 time=time.time(),
@@ -237,6 +237,7 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
     Raises:
         ConfigError: There is nothing to roll back.
         JournalError: The state is damaged, or it is ambiguous which original belongs where.
+        UnsupportedIndexError: Rows were added to lossy codes since, and nobody gave their vectors.
     """
     current = journal.manifest.current
     if journal.manifest.copy_of is not None:
@@ -248,8 +249,8 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
         raise ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
     target = _file(store)
     now = target.sha256()
-    if current.kept is not None and now == current.fingerprint:
-        kept = journal.path(current.kept)
+    kept = _kept_file(journal, current) if now == current.fingerprint else None
+    if kept is not None and current.kept is not None:
         journal.announce(_undoing(current, now, current.kept.sha256))
         target.put_back(kept, expected=now)
         restored, left = store.info().count, 0
@@ -259,6 +260,17 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
     after = fingerprint(store)
     exact = current.kept is not None and after == current.kept.sha256
     return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
+
+
+def _kept_file(journal: Journal, current: Write) -> Path | None:
+    """Return the index file from before the first write; None where the rows must do."""
+    if current.kept is None:
+        return None
+    try:
+        return journal.path(current.kept)
+    except JournalError as error:
+        log.warning("%s. Restoring row by row from the originals instead", error)
+        return None
 
 
 def fingerprint(store: VectorStore) -> str:
@@ -279,6 +291,7 @@ def _undoing(current: Write, before: str, after: str) -> Write:
         refiner="",
         before=before,
         fingerprint=after,
+        originals=current.originals,
         written=current.written,
         kept=current.kept,
         time=time.time(),
@@ -288,18 +301,19 @@ def _undoing(current: Write, before: str, after: str) -> Write:
 def _restore_rows(
     store: VectorStore, journal: Journal, current: Write, now: str, progress: Progress
 ) -> tuple[int, int]:
-    ours = OurRows(journal, current, store)
+    true = TrueRows(store, OurRows(journal, current, store))
     total = store.info().count
     counts = np.zeros(2, np.int64)  # restored, left
 
     def batches() -> Iterator[VectorBatch]:
         done = 0
         for batch in store.scan(SCAN_ROWS):
-            vectors, mine = ours.originals(batch)
+            vectors, mine = true.of(batch)
             counts[:] += (mine.sum(), (~mine).sum())
             yield VectorBatch(ids=batch.ids, vectors=vectors)
             done += len(batch)
             progress("restore", done, total)
+        true.check()
 
     def check(candidate: VectorStore) -> None:
         journal.announce(_undoing(current, now, fingerprint(candidate)))
@@ -344,6 +358,7 @@ class _Outgoing:
         lookup = Lookup(self._rows.ids)
         read = np.zeros(len(self._rows), np.uint64)
         seen = np.zeros(len(self._rows), np.bool_)
+        codes = Resemblance()
         wrong = done = 0
         for batch in candidate.scan(SCAN_ROWS):
             places = lookup.find(batch.ids)
@@ -356,6 +371,8 @@ class _Outgoing:
             read[places] = row_digests(batch.vectors)
             if info.exact:
                 wrong += int((read[places] != self._sent[places]).sum())
+            elif info.lossy:
+                codes.add(batch.vectors, self._expected(places))
             else:
                 wrong += int((~near(batch.vectors, self._expected(places), LOSSY_ERROR)).sum())
             done += len(batch)
@@ -364,6 +381,11 @@ class _Outgoing:
             raise VerificationError(
                 f"{info.uri}: {wrong} rows read back differ from what was written and "
                 f"{int((~seen).sum())} are missing; nothing was swapped"
+            )
+        if not codes.plausible:
+            raise VerificationError(
+                f"{info.uri}: the codes read back do not resemble what was written; "
+                "nothing was swapped"
             )
         return read
 
@@ -377,11 +399,11 @@ class _Outgoing:
         return out
 
 
-def _digests_of(journal: Journal, write: Write | None) -> Digests:
+def _digests_of(journal: Journal, write: Write) -> Digests:
     """Return the digests of all rows after a write; of the originals where that undid one."""
-    if write is not None and write.refiner and write.written is not None:
+    if write.refiner and write.written is not None:
         return np.sort(journal.open_written(write.written)[1])
-    digests = [row_digests(block) for _, block in journal.open_originals().blocks()]
+    digests = [row_digests(block) for _, block in journal.open_originals(write).blocks()]
     return np.sort(np.concatenate(digests))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -127,11 +128,16 @@ def render_status(status: Mapping[str, Any]) -> str:
         if status["changed_since"]:
             lines.append("  the file was changed since; changed and added rows are not ours")
         if not status["copy_of"]:
-            lines.append(f"undo: simskip rollback {status['index']}")
+            lines.append(f"undo: {undo_command(status['index'])}")
     if status["state"]:
         lines.append(f"state: {status['state']} ({_bytes(status['state_bytes'])})")
         lines.append(f"looks at test queries so far: {status['looks']}")
     return "\n".join(lines)
+
+
+def undo_command(uri: str) -> str:
+    """Return the command that restores an index, ready for a shell."""
+    return f"simskip rollback {shlex.quote(uri)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -151,7 +157,7 @@ def number(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("0.", ".", 1)
+    return f"{value:+.4f}".replace("+0.", "+.").replace("-0.", "-.")
 
 
 def _heading(report: Mapping[str, Any]) -> str:
@@ -266,7 +272,7 @@ def _outcome(report: Mapping[str, Any]) -> str:
     lines += [f"note: {note}" for note in report["notes"]]
     if written is not None and written["mode"] == "in-place":
         lines.append(f"written: {written['rows']:,} rows, read back and verified")
-        lines.append(f"undo: simskip rollback {report['index']}")
+        lines.append(f"undo: {undo_command(report['index'])}")
         lines.append("Reload your application: one that runs still holds the old index.")
     if written is not None and written["mode"] == "copy":
         lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")

@@ -41,6 +41,11 @@ def build_report(
         f"{note.count:,} {note.what} ({note.source}), such as {', '.join(note.examples)}"
         for note in space.judged.notes
     ]
+    if measured is not None and measured.left_out:
+        notes.append(
+            f"{measured.left_out:,} {measured.split} queries were left out: the refiner learnt "
+            "from them, so they prove nothing about it"
+        )
     if bad:
         notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
     return Report(

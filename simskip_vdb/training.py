@@ -12,7 +12,7 @@ import numpy as np
 
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
-from simskip_vdb.errors import DataError, FitError, MissingDependencyError
+from simskip_vdb.errors import ConfigError, DataError, FitError, MissingDependencyError
 from simskip_vdb.refiner import Refiner
 
 try:
@@ -285,4 +285,6 @@ def _signal(problem: Problem, settings: FitSettings) -> Signal:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: torch finds no such device here; use cpu or auto")
     return name

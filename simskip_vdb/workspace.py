@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings
 from simskip_vdb.datatypes import Neighbors, Positions, Progress, Split, Vectors
-from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.durable import write_durably
+from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
     DEFAULT_MEASURES,
     GROUP_MEASURES,
@@ -26,18 +27,19 @@ from simskip_vdb.evaluation import (
     parse_measures,
     score,
 )
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import Journal, Write, beside
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
-from simskip_vdb.rows import Rows
+from simskip_vdb.rows import Rows, row_digests
 from simskip_vdb.store import FileBacked, VectorStore
 
 Mask = NDArray[np.bool_]
 Blocks = Iterable[tuple[int, Vectors]]
+POINTER = "state-is-elsewhere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +142,14 @@ class Workspace:
         """Yield all rows as the index holds them now."""
         if self.current is None:
             yield from self.rows.blocks()
-            return
+        else:
+            yield from self.blocks_of(self.store)
+
+    @staticmethod
+    def blocks_of(store: VectorStore) -> Blocks:
+        """Yield all rows as a store holds them."""
         start = 0
-        for batch in self.store.scan(8192):
+        for batch in store.scan(8192):
             yield start, batch.vectors
             start += len(batch)
 
@@ -162,6 +169,11 @@ class Workspace:
         held = np.zeros(len(self.rows), np.bool_)
         held[self.judged.held.get(split, [])] = True
         return held
+
+    def twins(self, rows: Mask) -> Mask:
+        """Return these rows and all that equal one of them, shape (n,)."""
+        digests = np.concatenate([row_digests(block) for _, block in self.rows.blocks()])
+        return np.isin(digests, digests[rows])
 
     def skipped(self, split: Split) -> Mask | None:
         """Return the rows that act as queries and so are no results; None where there are none."""
@@ -187,8 +199,18 @@ class Workspace:
         positions = lookup.find(found.ravel()).reshape(found.shape)
         return np.where(found >= 0, positions, -1)
 
+    def current_rows(self, positions: Positions) -> Vectors:
+        """Return rows as the index holds them now, shape (len(positions), d)."""
+        if self.current is None:
+            return self.rows.take(positions)
+        return self.store.fetch(self.rows.ids[positions])
+
     def ann_recall(
-        self, queries: Vectors, exact: Neighbors, found: Positions, refiner: Refiner | None
+        self,
+        queries: Vectors,
+        exact: Neighbors,
+        found: Positions,
+        take: Callable[[Positions], Vectors],
     ) -> float:
         """Return ann_recall@10 of what an index found, against exact neighbours.
 
@@ -196,17 +218,10 @@ class Workspace:
             queries: As they were searched, shape (q, d).
             exact: Exact neighbours, shape (q, 10).
             found: Positions that the index returned, shape (q, 10).
-            refiner: What the rows of that index went through; None for the index as it is.
+            take: Returns the rows that the exact neighbours were found among, by position.
         """
         places = np.unique(found[found >= 0])
-        if refiner is not None:
-            vectors = refiner.refine_rows(
-                self.rows.take(places), self.rows.ids[places], self.late_when_written[places]
-            )
-        elif self.current is None:
-            vectors = self.rows.take(places)
-        else:
-            vectors = self.store.fetch(self.rows.ids[places])
+        vectors = take(places)
         at = np.searchsorted(places, np.maximum(found, places[0] if len(places) else 0))
         scores = pair_scores(queries[:, None], vectors[at], self.info.metric)
         return ann_recall(exact, found, scores)
@@ -241,8 +256,10 @@ def open_workspace(
         if past.manifest.copy_of is not None:
             raise ConfigError(
                 f"{store.info().uri} is a refined copy of {past.manifest.copy_of}: a refined "
-                f"vector is never refined again. Refine {past.manifest.copy_of} instead"
+                f"vector is never refined again. Refine {past.manifest.copy_of} instead; if this "
+                f"is another index by the same name, remove {folder} first"
             )
+        _check_search(store, settings)
         if settings.dry_run:
             if past.manifest.pending is not None:
                 raise ConfigError(
@@ -277,14 +294,54 @@ def open_workspace(
 def state_folder(store: VectorStore, override: Path | None) -> Path:
     """Return where an index's state lives: beside its file, unless told otherwise.
 
+    A state that was put elsewhere is found again by the pointer that `point_elsewhere` left.
+
     Raises:
-        ConfigError: The index is no file and no folder was given.
+        ConfigError: The index is no file and no folder was given, or its state is already in
+            another folder.
+        JournalError: The state was put elsewhere, and is gone from there.
     """
-    if override is not None:
-        return override
     if not isinstance(store, FileBacked):
-        raise ConfigError(f"{store.info().uri} is no file; say where its state goes with --state")
-    return store.path.with_name(store.path.name + ".simskip")
+        if override is None:
+            raise ConfigError(f"{store.info().uri} is no file; name its state folder by --state")
+        return override
+    usual = beside(store.info().uri)
+    pointer = usual / POINTER
+    known = Path(pointer.read_text(encoding="utf-8")) if pointer.is_file() else usual
+    if pointer.is_file() and not known.is_dir():
+        raise JournalError(
+            f"the state of {store.info().uri} was put in {known}, which is gone; bring it back. "
+            f"Only if that index was replaced by another one, remove {pointer}"
+        )
+    if override is None:
+        return known
+    if (known / "manifest.json").is_file() and override.resolve() != known.resolve():
+        raise ConfigError(
+            f"{store.info().uri} has its state in {known}, with its originals and the looks at its "
+            "test queries; leave --state out, or move that folder"
+        )
+    return override.resolve()
+
+
+def point_elsewhere(store: VectorStore, folder: Path) -> None:
+    """Leave word beside an index that its state is in another folder."""
+    usual = beside(store.info().uri)
+    if folder != usual:
+        write_durably(usual / POINTER, str(folder).encode())
+
+
+def forget_elsewhere(store: VectorStore) -> None:
+    """Take back what `point_elsewhere` left."""
+    pointer = beside(store.info().uri) / POINTER
+    pointer.unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or not empty
+        pointer.parent.rmdir()
+
+
+def _check_search(store: VectorStore, settings: Settings) -> None:
+    """Try the search settings on one query, before anything that takes long or counts."""
+    if settings.search_params and store.info().count:
+        store.search(np.ones((1, store.info().dim), np.float32), 1, settings.search_params)
 
 
 def _usable(rows: Rows) -> Mask:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,14 +284,12 @@ def test_a_file_that_changes_meanwhile_is_not_overwritten(desk: Desk) -> None:
         assert journal.manifest.current is None
 
 
-@pytest.mark.parametrize("victim", ["originals-*", "written-*", "kept-*"])
+@pytest.mark.parametrize("victim", ["originals-*", "written-*"])
 def test_damaged_state_is_named_and_not_used(desk: Desk, victim: str) -> None:
     desk.refine(random_refiner(D, desk.ids))
     (file,) = desk.state.glob(victim)
+    change(desk.path, lambda index: index.remove_ids(desk.ids[:1]))  # so rows must be matched
     kept_sha = sha256_of(desk.path)
-    if victim != "kept-*":  # so that rows must be matched
-        change(desk.path, lambda index: index.remove_ids(desk.ids[:1]))
-        kept_sha = sha256_of(desk.path)
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 2] ^= 1
     file.write_bytes(raw)
@@ -325,3 +325,115 @@ def test_two_runs_at_once_step_aside(desk: Desk) -> None:
         Journal(desk.state, info),
     ):
         pass
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"?")])
+def test_rows_are_restored_where_the_kept_file_is_lost(
+    desk: Desk, damage: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    (kept,) = desk.state.glob("kept-*")
+    damage(kept)
+    done = desk.rollback()
+    assert (done.restored, done.kept) == (N, 0)
+    assert desk.holds(desk.originals())
+    assert "row by row" in caplog.text
+
+
+def look(desk: Desk) -> None:
+    """Read the rows as a run that writes nothing does."""
+    store = FaissStore(desk.path)
+    with Journal(desk.state, store.info()) as journal:
+        recover(store, journal)
+        snapshot(store, journal)
+
+
+def test_looking_does_not_touch_what_undoes(desk: Desk) -> None:
+    refiner = random_refiner(D, desk.ids)
+    desk.refine(refiner)
+    gone = desk.ids[[0, 1, 300]]
+    new = np.random.default_rng(5).normal(size=(3, D)).astype(np.float32)
+
+    def edit(index: faiss.Index) -> None:
+        index.remove_ids(gone)
+        index.add(new) if desk.ids[0] == 0 else index.add_with_ids(new, np.arange(3))
+
+    change(desk.path, edit)
+    for _ in range(3):
+        look(desk)
+    done = desk.rollback()
+    assert (done.exact, done.restored, done.kept) == (False, N - 3, 3)
+    left = np.delete(desk.vectors, [0, 1, 300], axis=0)
+    if desk.ids[0] == 0:
+        assert desk.holds(dict(enumerate(np.concatenate([left, new]))))
+    else:
+        kept = np.delete(desk.ids, [0, 1, 300])
+        assert desk.holds(dict(zip([0, 1, 2, *kept.tolist()], [*new, *left], strict=True)))
+
+
+def test_an_older_refined_file_that_comes_back_is_still_known(by_id: Desk) -> None:
+    by_id.refine(random_refiner(D, by_id.ids))
+    refined = by_id.path.read_bytes()
+    change(by_id.path, lambda index: index.remove_ids(by_id.ids[:50]))
+    look(by_id)
+    by_id.path.write_bytes(refined)
+    assert by_id.rollback().exact
+    assert by_id.holds(by_id.originals())
+
+
+def test_only_our_own_files_are_ever_deleted(desk: Desk) -> None:
+    desk.state.mkdir()
+    mine = ["originals.npy", "kept_photos.txt", "written_notes.md", "originals-2024.arrow"]
+    for name in mine:
+        (desk.state / name).write_text("mine")
+    (desk.state / "kept-aaaaaaaaaaaa.d").mkdir()
+    desk.refine(random_refiner(D, desk.ids))
+    desk.rollback()
+    assert {*mine, "kept-aaaaaaaaaaaa.d"} <= {path.name for path in desk.state.iterdir()}
+
+
+def test_a_state_without_its_manifest_is_not_swept(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    (desk.state / "manifest.json").unlink()
+    before = {path.name for path in desk.state.iterdir()}
+    with pytest.raises(JournalError, match=r"manifest\.json is missing"):
+        look(desk)
+    assert {path.name for path in desk.state.iterdir()} == before
+
+
+def test_one_state_folder_serves_one_index(desk: Desk, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    other = tmp_path / "other.faiss"
+    shutil.copy(desk.path, other)
+    refiner = random_refiner(D, desk.ids)
+    store = FaissStore(desk.path)
+    with Journal(shared, store.info()) as journal:
+        refiner.save(journal.refiners / refiner.id)
+        rows = snapshot(store, journal)
+        write(
+            store,
+            rows,
+            lambda start, x: refiner.refine_rows(x, rows.ids[start : start + len(x)]),
+            journal=journal,
+            refiner=refiner,
+            accept=lambda candidate: None,
+            summary={},
+        )
+    with pytest.raises(JournalError, match=r"is the state of faiss:.*x\.faiss"):
+        Journal(shared, FaissStore(other).info())
+    with Journal(shared, store.info()) as journal:
+        assert rollback(store, journal).exact
+
+
+def test_state_and_index_may_move_together(desk: Desk, tmp_path: Path) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    moved = Desk(tmp_path / "elsewhere" / "y.faiss", desk.ids, desk.vectors)
+    moved.path.parent.mkdir()
+    shutil.copy(desk.path, moved.path)
+    shutil.copytree(desk.state, moved.state)
+    assert moved.rollback().exact
+
+
+def test_originals_are_not_for_everybody(desk: Desk) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    assert desk.state.stat().st_mode & 0o077 == 0
