@@ -23,6 +23,8 @@ type: $(VENV)/dev.done  ## mypy, strict
 bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results
 	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/apply.py
+	$(BIN)/python benchmarks/faiss_types.py
+	$(BIN)/python benchmarks/quality.py
 
 dist: $(VENV)/dev.done  ## wheel and source distribution
 	$(BIN)/python -m build

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
-PACKAGES = ("simskip-vdb", "numpy", "torch", "faiss-cpu", "scipy", "ir-measures", "pyarrow")
+PACKAGES = (
+    "simskip-vdb",
+    "numpy",
+    "torch",
+    "faiss-cpu",
+    "scipy",
+    "ir-measures",
+    "pyarrow",
+    "nudge-ft",
+)
 
 
 def describe() -> dict[str, Any]:

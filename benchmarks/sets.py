@@ -23,6 +23,10 @@ import numpy as np
 from simskip_vdb.durable import sha256_of
 
 HERE = Path(__file__).resolve().parent
+KEPT = (
+    *("kind", "rows", "dim", "metric", "side", "split", "queries", "measure", "measures"),
+    *("strata", "through_index", "ann_recall", "late_rows", "group_overlap", "gate", "seconds"),
+)
 SIMSKIP = Path(sys.executable).with_name("simskip")
 
 
@@ -65,7 +69,8 @@ def run(folder: Path, name: str, seed: int, side: str) -> dict[str, Any]:
             assert sha256_of(path) != before
             simskip("rollback", str(path))
         assert sha256_of(path) == before, f"{name}: the file is not what it was"
-    return {"set": name, "seed": seed, "restored": True, **report}
+    kept = {name: report[name] for name in KEPT}
+    return {"set": name, "seed": seed, "restored": True, **kept}
 
 
 def build(folder: Path, work: Path) -> Path:

@@ -1,0 +1,83 @@
+"""Measure every method on every set, cell by cell, and print the README's table.
+
+    python benchmarks/quality.py [--data DIR] [--seeds 0,1,2] [--crossfit-rows] [--table] [SET…]
+
+A cell is set × encoder × method × seed. Cells are kept in results/quality.jsonl; one is measured
+again only if the code that makes it has changed. DIR holds one folder a set, with corpus.npy,
+doc_ids.txt, queries, qrels or labels; scikit-learn's digits come on top. --crossfit-rows adds
+cells in which every test query is scored unseen: by fits that knew no judgment of its rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import cells
+import machine
+import torch
+from loading import datasets
+from table import KEY, read, table
+
+import simskip_vdb
+
+RESULTS = machine.RESULTS / "quality.jsonl"
+HERE = Path(__file__).resolve().parent
+RECIPE = ("config", "losses", "model", "pairs", "sampling", "training")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--crossfit-rows", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    parser.add_argument("--methods", default="", help="part of the methods' names, such as NUDGE")
+    parser.add_argument("sets", nargs="*")
+    options = parser.parse_args()
+    if not options.table:
+        measure(options)
+    print(table(read(options.results)))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure the cells that are missing, and write each down as soon as it is there."""
+    torch.set_num_threads(1)
+    known = {tuple(cell[name] for name in KEY): cell["code"] for cell in read(options.results)}
+    for seed in map(int, options.seeds.split(",")):
+        for dataset in datasets(options.data, options.sets):
+            for method in cells.methods(dataset, unseen=options.crossfit_rows):
+                key = (dataset.name, dataset.encoder, method, seed)
+                if options.methods not in method or known.get(key) == code(method):
+                    continue
+                cell = cells.run(dataset, method, seed)
+                stamp = {"code": code(method), "time": time.time(), "machine": machine.describe()}
+                append(options.results, {**cell, **stamp})
+                print(*key, cell["measures"][cell["measure"]], cell["gate"]["passed"], flush=True)
+
+
+def code(method: str) -> str:
+    """Hash the sources that make a method's cells what they are."""
+    ours = Path(simskip_vdb.__file__).parent
+    sources = [HERE / "peers.py"]
+    if method.startswith(("ours", "SimSkip")):
+        sources = [ours / f"{name}.py" for name in RECIPE]
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    return digest.hexdigest()[:12]
+
+
+def append(path: Path, cell: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(cell, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()
