@@ -19,6 +19,7 @@ from peers import PEERS, Moved, Task
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.connectors.memory import MemoryStore
 from simskip_vdb.datatypes import JudgedQueries, Metric, Positions, Side, Split, silent
+from simskip_vdb.errors import DataError
 from simskip_vdb.evaluation import (
     compare,
     compare_strata,
@@ -188,8 +189,17 @@ def _without(judged: JudgedQueries, hidden: Mask) -> JudgedQueries:
     return left.subset(np.bincount(owners, minlength=len(left)) > 0)
 
 
+def _unasked(judged: JudgedQueries, hidden: Mask) -> JudgedQueries:
+    """Leave out queries that have a hidden row among their relevant ones."""
+    sharing = judged.query_of_judgment()[hidden[judged.rows] & (judged.grades > 0)]
+    return judged.subset(np.bincount(sharing, minlength=len(judged)) == 0)
+
+
 def _all_unseen(space: Workspace, name: str, k: int) -> Positions:
-    """Fit once for each fold of test queries, without any judgment of their relevant rows."""
+    """Fit once for each fold of test queries, without judged queries that share a relevant row.
+
+    Forgetting only the judgments would teach that those rows are wrong answers.
+    """
     judged, queries = space.judged, dict(space.judged.queries)
     test = queries[Split.TEST]
     fold = (unit_hash(test.ids, space.settings.fit.seed) * FOLDS).astype(np.int64)
@@ -198,7 +208,9 @@ def _all_unseen(space: Workspace, name: str, k: int) -> Positions:
         part = test.subset(fold == number)
         hidden = np.zeros(len(space.rows), np.bool_)
         hidden[relevant_rows(part)] = True
-        blind = {s: _without(queries[s], hidden) for s in (Split.FIT, Split.VALIDATION)}
+        blind = {s: _unasked(queries[s], hidden) for s in (Split.FIT, Split.VALIDATION)}
+        if not all(map(len, blind.values())):
+            raise DataError("no judged query is left that shares no relevant row with a fold")
         space.judged = replace(judged, queries={**queries, **blind})
         found[fold == number] = _search(space, _fit(space, name)[0], part, k)
     space.judged = judged

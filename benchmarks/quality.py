@@ -5,7 +5,7 @@
 A cell is set × encoder × method × seed. Cells are kept in results/quality.jsonl; one is measured
 again only if the code that makes it has changed. DIR holds one folder a set, with corpus.npy,
 doc_ids.txt, queries, qrels or labels; scikit-learn's digits come on top. --crossfit-rows adds
-cells in which every test query is scored unseen: by fits that knew no judgment of its rows.
+cells in which every test query is scored unseen: by fits that knew no query sharing its rows.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from loading import datasets
 from table import KEY, read, table
 
 import simskip_vdb
+from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
@@ -57,7 +58,11 @@ def measure(options: argparse.Namespace) -> None:
                 key = (dataset.name, dataset.encoder, method, seed)
                 if options.methods not in method or known.get(key) == code(method):
                     continue
-                cell = cells.run(dataset, method, seed)
+                try:
+                    cell = cells.run(dataset, method, seed)
+                except DataError as error:
+                    print(*key, "cannot be measured:", error, flush=True)
+                    continue
                 stamp = {"code": code(method), "time": time.time(), "machine": machine.describe()}
                 append(options.results, {**cell, **stamp})
                 print(*key, cell["measures"][cell["measure"]], cell["gate"]["passed"], flush=True)

@@ -51,7 +51,8 @@ def _one_set(name: str, encoder: str, cells: list[Cell]) -> str:
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
     ]
-    for method in dict.fromkeys(cell["method"] for cell in cells):
+    methods = dict.fromkeys(cell["method"] for cell in cells)
+    for method in sorted(methods, key=lambda name: (" · " in name, "ours" in name, name != "raw")):
         own = [cell for cell in cells if cell["method"] == method]
         row = [method, _gain(own, None), *(_gain(own, stratum == "seen") for stratum in strata)]
         row += [f"{_mean(cell['measures'][other][1] for cell in own):.4f}" for other in others]
