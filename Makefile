@@ -20,10 +20,10 @@ lint: $(VENV)/dev.done  ## style and import layers
 type: $(VENV)/dev.done  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results
-	$(BIN)/python benchmarks/sets.py
+bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last two need data
 	$(BIN)/python benchmarks/apply.py
 	$(BIN)/python benchmarks/faiss_types.py
+	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/quality.py
 
 dist: $(VENV)/dev.done  ## wheel and source distribution

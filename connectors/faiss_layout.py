@@ -120,7 +120,7 @@ class Layout:
         if not whole or not 1 <= value < 2**31:  # type: ignore[operator]
             raise ConfigError(f"{self.uri}: {name} is a number from 1 to 2**31 - 1, not {value!r}")
         if setting.attribute == "search_L" and value > len(self):  # type: ignore[operator]
-            raise ConfigError(f"{self.uri}: {name} is at most the row count, not {value!r}")
+            raise ConfigError(f"{self.uri}: {name} is at most the number of rows, not {value!r}")
         return setting
 
 

@@ -342,9 +342,9 @@ class _Outgoing:
         for start, block in self._rows.blocks():
             refined = self._refine(start, block)
             stop = start + len(block)
-            digests = row_digests(refined)
-            self._sent[start:stop] = digests
-            self.moved += int((digests != row_digests(block)).sum())
+            self._sent[start:stop] = row_digests(refined)
+            changed = refined.view(np.uint32) != block.view(np.uint32)  # bits: NaN equals itself
+            self.moved += int(changed.any(axis=1).sum())
             yield VectorBatch(ids=self._rows.ids[start:stop], vectors=refined)
             self._progress("write", stop, len(self._rows))
 
