@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from simskip_vdb import __version__
+from simskip_vdb import options as shared
 from simskip_vdb.bars import Bars
 from simskip_vdb.errors import ConfigError, SimskipError
 from simskip_vdb.judgments import RULES
@@ -20,25 +21,6 @@ from simskip_vdb.judgments import RULES
 F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
-
-JUDGMENT_FILES: tuple[tuple[str, str], ...] = (
-    ("queries", "Query vectors: .npy, or .parquet/.jsonl with columns id, vector."),
-    ("query-ids", "Ids of a .npy's rows, one a line."),
-    ("qrels", "Judgments: TREC or BEIR TSV, plain or .gz."),
-    (
-        "doc-ids",
-        "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id.",
-    ),
-    ("labels", "Group of each row: one a line where index ids are 0…n-1; else TSV id, group."),
-    ("dev-queries", "Queries for validation; otherwise split off by hash."),
-    ("dev-query-ids", "Their ids."),
-    ("dev-qrels", "Their judgments."),
-    ("dev-labels", "Their groups, one a line."),
-    ("test-queries", "Queries for the final test; otherwise split off by hash."),
-    ("test-query-ids", "Their ids."),
-    ("test-qrels", "Their judgments."),
-    ("test-labels", "Their groups, one a line."),
-)
 
 EXIT_CODES = """\b
 Exit codes:
@@ -102,91 +84,6 @@ def _fail(message: str, kind: str, code: int) -> int:
     return code
 
 
-def _options(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def add(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_index = click.argument("index")
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-_state = click.option(
-    "--state", type=click.Path(path_type=Path), help="State folder; by default INDEX.simskip/."
-)
-_judgments = _options(
-    *(
-        click.option(
-            f"--{name}", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=text
-        )
-        for name, text in JUDGMENT_FILES
-    )
-)
-_originals = _options(
-    click.option(
-        "--originals",
-        metavar="FILE.npy|INDEX",
-        help="Where INDEX holds lossy codes (PQ, RaBitQ, PCA…): the exact vectors, in the order "
-        "of its rows, or another index that has them under the same ids.",
-    ),
-    click.option(
-        "--originals-ids",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="INDEX's id of each vector in FILE.npy, one a line.",
-    ),
-)
-_measure = click.option(
-    "--measure",
-    help="What the gate judges, as ir-measures writes it: nDCG@10, R@100, RR@10, P@5, Rprec…  "
-    "[default: nDCG@10; Rprec with groups]",
-)
-_search_params = click.option(
-    "--search-params",
-    default="",
-    metavar="NAME=VALUE,…",
-    help="Search settings as your application sets them, such as nprobe=16 or efSearch=64.",
-)
-_seed = click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of every random draw.",
-)
-_fitting = _options(
-    click.option(
-        "--side",
-        type=click.Choice(["docs", "both"]),
-        default="docs",
-        show_default=True,
-        help="docs: only stored rows move. both: queries pass through the refiner too.",
-    ),
-    click.option(
-        "--signal",
-        type=click.Choice(["auto", "judged", "groups", "neighbours", "augment"]),
-        default="auto",
-        show_default=True,
-        help="What to learn from; auto takes judgments, else groups, else neighbours.",
-    ),
-    _seed,
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "cuda"]),
-        default="auto",
-        show_default=True,
-        help="Where to fit.",
-    ),
-    click.option(
-        "--out", type=click.Path(path_type=Path), help="Also save the refiner to this folder."
-    ),
-)
-_growing = click.option(
-    "--growing", is_flag=True, help="Rows keep arriving: refuse what is unfair to late rows."
-)
-
-
 @cli.command()
 @click.option(
     "--out",
@@ -195,8 +92,8 @@ _growing = click.option(
     show_default=True,
     help="Folder for the index, the judgments and the picture.",
 )
-@_seed
-@_json
+@shared.seed
+@shared.json
 def demo(out: Path, seed: int, as_json: bool) -> None:
     """Watch an index get better and get restored, on real data.
 
@@ -212,9 +109,9 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 
 
 @cli.command()
-@_index
-@_state
-@_json
+@shared.index
+@shared.state
+@shared.json
 def inspect(index: str, state: Path | None, as_json: bool) -> None:
     """Show what an index is, how healthy its vectors are, and what could be done next."""
     from simskip_vdb.connectors import open_store
@@ -227,13 +124,13 @@ def inspect(index: str, state: Path | None, as_json: bool) -> None:
 
 
 @cli.command(epilog=EXIT_CODES)
-@_index
-@_judgments
-@_originals
-@_measure
-@_fitting
-@_state
-@_json
+@shared.index
+@shared.judgments
+@shared.originals
+@shared.measure
+@shared.fitting
+@shared.state
+@shared.json
 def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 click's options
     """Fit a refiner and show what validation says of it; write nothing to INDEX.
 
@@ -249,10 +146,10 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
 
 
 @cli.command(epilog=EXIT_CODES)
-@_index
-@_judgments
-@_originals
-@_measure
+@shared.index
+@shared.judgments
+@shared.originals
+@shared.measure
 @click.option(
     "--refiner",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -265,10 +162,10 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
     show_default=True,
     help="Which queries. test is recorded as a look, and each look makes the gate stricter.",
 )
-@_search_params
-@_seed
-@_state
-@_json
+@shared.search_params
+@shared.seed
+@shared.state
+@shared.json
 def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 click's options
     """Measure retrieval before and after a refiner; write nothing to INDEX."""
     from simskip_vdb import pipeline
@@ -283,18 +180,18 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 
 
 @cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")
-@_index
-@_judgments
-@_originals
-@_measure
-@_growing
-@_fitting
+@shared.index
+@shared.judgments
+@shared.originals
+@shared.measure
+@shared.growing
+@shared.fitting
 @click.option(
     "--refiner",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Use this fitted refiner instead of fitting one.",
 )
-@_search_params
+@shared.search_params
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -308,8 +205,8 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 @click.option(
     "--dry-run", is_flag=True, help="Show what would happen; write nothing, read no test query."
 )
-@_state
-@_json
+@shared.state
+@shared.json
 def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 click's options
     r"""Refine INDEX in place, if held-out queries prove that retrieval gets better.
 
@@ -331,10 +228,10 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
 
 
 @cli.command()
-@_index
-@_originals
-@_state
-@_json
+@shared.index
+@shared.originals
+@shared.state
+@shared.json
 def rollback(
     index: str,
     originals: str | None,
@@ -357,9 +254,9 @@ def rollback(
 
 
 @cli.command()
-@_index
-@_state
-@_json
+@shared.index
+@shared.state
+@shared.json
 def status(index: str, state: Path | None, as_json: bool) -> None:
     """Tell whether INDEX is refined, by what, since when, with what gain, and how to undo it."""
     from simskip_vdb import pipeline
@@ -379,7 +276,7 @@ def _prepare(
     from simskip_vdb.judgments import JudgmentFiles, read_judgments
     from simskip_vdb.pipeline import Settings
 
-    names = [name.replace("-", "_") for name, _ in JUDGMENT_FILES]
+    names = [name.replace("-", "_") for name, _ in shared.JUDGMENT_FILES]
     files = JudgmentFiles(**{name: options.pop(name) for name in names})
     fitting = FitSettings(
         side=Side(options.pop("side", "docs")),

@@ -1,0 +1,115 @@
+"""Options that mean the same in every command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+JUDGMENT_FILES: tuple[tuple[str, str], ...] = (
+    ("queries", "Query vectors: .npy, or .parquet/.jsonl with columns id, vector."),
+    ("query-ids", "Ids of a .npy's rows, one a line."),
+    ("qrels", "Judgments: TREC or BEIR TSV, plain or .gz."),
+    (
+        "doc-ids",
+        "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id.",
+    ),
+    ("labels", "Group of each row: one a line where index ids are 0…n-1; else TSV id, group."),
+    ("dev-queries", "Queries for validation; otherwise split off by hash."),
+    ("dev-query-ids", "Their ids."),
+    ("dev-qrels", "Their judgments."),
+    ("dev-labels", "Their groups, one a line."),
+    ("test-queries", "Queries for the final test; otherwise split off by hash."),
+    ("test-query-ids", "Their ids."),
+    ("test-qrels", "Their judgments."),
+    ("test-labels", "Their groups, one a line."),
+)
+
+
+def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+index = click.argument("index")
+json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+state = click.option(
+    "--state", type=click.Path(path_type=Path), help="State folder; by default INDEX.simskip/."
+)
+judgments = _together(
+    *(
+        click.option(
+            f"--{name}", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=text
+        )
+        for name, text in JUDGMENT_FILES
+    )
+)
+originals = _together(
+    click.option(
+        "--originals",
+        metavar="FILE.npy|INDEX",
+        help="Where INDEX holds lossy codes (PQ, RaBitQ, PCA…): the exact vectors, in the order "
+        "of its rows, or another index that has them under the same ids.",
+    ),
+    click.option(
+        "--originals-ids",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="INDEX's id of each vector in FILE.npy, one a line.",
+    ),
+)
+measure = click.option(
+    "--measure",
+    help="What the gate judges, as ir-measures writes it: nDCG@10, R@100, RR@10, P@5, Rprec…  "
+    "[default: nDCG@10; Rprec with groups]",
+)
+search_params = click.option(
+    "--search-params",
+    default="",
+    metavar="NAME=VALUE,…",
+    help="Search settings as your application sets them, such as nprobe=16 or efSearch=64.",
+)
+seed = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of every random draw.",
+)
+fitting = _together(
+    click.option(
+        "--side",
+        type=click.Choice(["docs", "both"]),
+        default="docs",
+        show_default=True,
+        help="docs: only stored rows move. both: queries pass through the refiner too.",
+    ),
+    click.option(
+        "--signal",
+        type=click.Choice(["auto", "judged", "groups", "neighbours", "augment"]),
+        default="auto",
+        show_default=True,
+        help="What to learn from; auto takes judgments, else groups, else neighbours.",
+    ),
+    seed,
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda"]),
+        default="auto",
+        show_default=True,
+        help="Where to fit.",
+    ),
+    click.option(
+        "--out", type=click.Path(path_type=Path), help="Also save the refiner to this folder."
+    ),
+)
+growing = click.option(
+    "--growing", is_flag=True, help="Rows keep arriving: refuse what is unfair to late rows."
+)
