@@ -43,8 +43,8 @@ def build_report(
     ]
     if measured is not None and measured.left_out:
         notes.append(
-            f"{measured.left_out:,} {measured.split} queries were left out: the refiner learnt "
-            "from them, so they prove nothing about it"
+            f"{measured.left_out:,} of the {measured.split} queries left out: the refiner was "
+            "fitted on, or chosen by, the very same vectors, so they prove nothing about it"
         )
     if bad:
         notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
