@@ -148,6 +148,33 @@ def test_unknown_search_parameters_are_refused(case: Case) -> None:
     assert sha256_of(case.index) == before
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--seed", "-1"), "range"),
+        (("--seed", str(2**70)), "range"),
+        (("--search-params", "nprobe=99999999999999999999999"), "nprobe"),
+        (("--search-params", "nprobe=0"), "nprobe"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(case: Case, option: tuple[str, str], says: str) -> None:
+    done = simskip("refine", case.index, *case.options, *option)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    case = make_case(tmp_path / "case")
+    done = simskip("fit", case.index, *case.options, "--device", "cuda")
+    assert done.returncode == 2
+    assert "--device cuda" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_errors_are_json_too(tmp_path: Path) -> None:
     found = simskip_json("inspect", tmp_path / "nothing.faiss", code=1)
     assert found["error"]["type"] == "StoreNotFoundError"
