@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -17,8 +17,6 @@ from simskip_vdb import options as shared
 from simskip_vdb.bars import Bars
 from simskip_vdb.errors import ConfigError, SimskipError
 from simskip_vdb.judgments import RULES
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130
 

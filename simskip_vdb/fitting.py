@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import Progress, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
-from simskip_vdb.measuring import Measured, measure
+from simskip_vdb.measuring import Measured, judgments_digest, measure
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import hash_ids, row_digests
 from simskip_vdb.workspace import Workspace
@@ -111,11 +111,7 @@ def _recorded(
     """Note in a refiner what it learnt from and was chosen by, which proves nothing about it."""
     learnt = [row_digests(space.judged.queries[Split.FIT].vectors)]
     if problem.groups is not None:
-        usable = problem.usable
-        learnt += [
-            row_digests(block)[usable[start : start + len(block)]]
-            for start, block in space.rows.blocks()
-        ]
+        learnt.append(space.digests[problem.usable])
     return replace(
         refiner,
         fitted_on=np.unique(np.concatenate(learnt)),
@@ -200,14 +196,11 @@ def _key(space: Workspace) -> str:
     digest.update(json.dumps(asdict(space.settings.fit), default=str, sort_keys=True).encode())
     digest.update(space.measure.encode())
     order = np.argsort(space.rows.ids, kind="stable")
-    digests = np.concatenate([row_digests(block) for _, block in space.rows.blocks()])
-    _feed(digest, space.rows.ids[order], digests[order])
+    _feed(digest, space.rows.ids[order], space.digests[order])
     if space.judged.groups is not None:
         _feed(digest, space.judged.groups[order])
     for split in (Split.FIT, Split.VALIDATION):
-        judged = space.judged.queries[split]
-        digest.update("\n".join(judged.ids).encode())
-        _feed(digest, judged.vectors, judged.indptr, space.rows.ids[judged.rows], judged.grades)
+        digest.update(judgments_digest(space.judged.queries[split], space.rows.ids).encode())
     return digest.hexdigest()
 
 

@@ -79,7 +79,7 @@ def measure(
     judged = _unseen(refiner, judged, split)
     look = 1
     if split is Split.TEST:
-        content = _digest(judged, space.rows.ids)
+        content = judgments_digest(judged, space.rows.ids)
         look = space.ledger.look(refiner.id, space.measure, content, judged.ids)
     k = max(depth(space.measures, judged), 10)
     skip, late, seed = space.skipped(split), space.late_when_written, space.settings.fit.seed
@@ -136,8 +136,8 @@ def _unseen(refiner: Refiner, judged: JudgedQueries, split: Split) -> JudgedQuer
     return judged.subset(fresh)
 
 
-def _digest(judged: JudgedQueries, row_ids: Ids) -> str:
-    """Hash queries and judgments, so that changed ones cannot pass for an earlier look."""
+def judgments_digest(judged: JudgedQueries, row_ids: Ids) -> str:
+    """Hash queries and their judgments, whose rows count by id: 16 hex digits."""
     digest = hashlib.sha256("\n".join(judged.ids).encode())
     for array in (judged.vectors, judged.indptr, row_ids[judged.rows], judged.grades):
         digest.update(np.ascontiguousarray(array).data)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
-from simskip_vdb.rows import Rows, row_digests
+from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import FileBacked, VectorStore
 
 Mask = NDArray[np.bool_]
@@ -170,10 +171,14 @@ class Workspace:
         held[self.judged.held.get(split, [])] = True
         return held
 
+    @cached_property
+    def digests(self) -> Digests:
+        """Digests of all originals, shape (n,)."""
+        return np.concatenate([row_digests(block) for _, block in self.rows.blocks()])
+
     def twins(self, rows: Mask) -> Mask:
         """Return these rows and all that equal one of them, shape (n,)."""
-        digests = np.concatenate([row_digests(block) for _, block in self.rows.blocks()])
-        return np.isin(digests, digests[rows])
+        return np.isin(self.digests, self.digests[rows])
 
     def skipped(self, split: Split) -> Mask | None:
         """Return the rows that act as queries and so are no results; None where there are none."""
