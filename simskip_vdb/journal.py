@@ -278,7 +278,8 @@ class Journal:
                 f"({info.dim}, {info.metric.value}); move it away or choose another with --state"
             )
         elsewhere = self.folder != beside(info.uri)
-        if manifest.current is not None and manifest.index != info.uri:
+        written = manifest.current or manifest.pending
+        if written is not None and manifest.index != info.uri:
             if elsewhere and _file_of(manifest.index).exists():
                 raise JournalError(
                     f"{self.folder} is the state of {manifest.index}, not of {info.uri}; give each "

@@ -15,7 +15,7 @@ from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Ids, Vectors
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreChangedError
-from simskip_vdb.journal import Journal
+from simskip_vdb.journal import Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import RolledBack, Written, recover, rollback, snapshot, write
 from simskip_vdb.store import VectorStore
@@ -423,6 +423,29 @@ def test_one_state_folder_serves_one_index(desk: Desk, tmp_path: Path) -> None:
         Journal(shared, FaissStore(other).info())
     with Journal(shared, store.info()) as journal:
         assert rollback(store, journal).exact
+
+
+def test_an_interrupted_write_is_not_settled_by_another_index(desk: Desk, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    other = tmp_path / "other.faiss"
+    shutil.copy(desk.path, other)
+    store = FaissStore(desk.path)
+    with Journal(shared, store.info()) as journal:
+        snapshot(store, journal)
+        journal.announce(
+            Write(
+                refiner="one",
+                before=store.sha256(),
+                fingerprint="",
+                originals=journal.scanned,
+                written=None,
+                kept=None,
+                time=0,
+            )
+        )
+    with pytest.raises(JournalError, match="is the state of"):
+        Journal(shared, FaissStore(other).info())
+    assert Journal(shared, store.info()).manifest.pending is not None
 
 
 def test_state_and_index_may_move_together(desk: Desk, tmp_path: Path) -> None:
