@@ -28,7 +28,7 @@ from simskip_vdb.connectors.swap import (
     take_mode_and_owner,
     unchanged,
 )
-from simskip_vdb.datatypes import Ids, Neighbors, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.datatypes import Cursor, Ids, Neighbors, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import (
     ConfigError,
@@ -98,7 +98,7 @@ class FaissStore:
         batch_size: int,
         *,
         fields: Sequence[str] = (),
-        cursor: int | None = None,
+        cursor: Cursor | None = None,
         partition: int | None = None,
     ) -> Iterator[VectorBatch]:
         """Yield every row once; see `VectorStore.scan`.

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
-from simskip_vdb.datatypes import Ids, Metric, Neighbors, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows, only_vectors
+from simskip_vdb.datatypes import (
+    Cursor,
+    Ids,
+    Mask,
+    Metric,
+    Neighbors,
+    Progress,
+    StoreInfo,
+    VectorBatch,
+    Vectors,
+)
 from simskip_vdb.errors import ConfigError, DataError
-from simskip_vdb.store import Check
+from simskip_vdb.store import Allowed
 
 _URI = "memory:"
 _QUERY_BLOCK = 256
@@ -58,7 +68,7 @@ class MemoryStore:
         batch_size: int,
         *,
         fields: Sequence[str] = (),
-        cursor: int | None = None,
+        cursor: Cursor | None = None,
         partition: int | None = None,
     ) -> Iterator[VectorBatch]:
         """Yield every row once, in order; see `VectorStore.scan`."""
@@ -95,13 +105,22 @@ class MemoryStore:
             scores[block, :width] = score
         return Neighbors(ids=ids, scores=scores)
 
-    def replace(self, batches: Iterable[VectorBatch], check: Check) -> None:
-        """Write new vectors to existing rows; see `VectorStore.replace`."""
-        vectors = self._vectors.copy()
-        for positions, new in self._rows.changes(batches, vectors.shape[1]):
-            vectors[positions] = new
-        check(MemoryStore(self._rows.ids, vectors, self._metric, positional=self._positional))
-        self._vectors = vectors
+    def peek(self, ids: Ids) -> VectorBatch:
+        """Return those of these rows that are there; see `RowWritable.peek`."""
+        there = np.asarray(ids)[np.isin(ids, self._rows.ids)]
+        return VectorBatch(ids=there, vectors=self.fetch(there))
+
+    def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
+        """Overwrite the vectors of rows; see `RowWritable.update`."""
+        vectors = checked_rows(_URI, batch, self._vectors.shape[1])
+        now = self.peek(batch.ids)
+        chosen = np.isin(batch.ids, now.ids)
+        chosen[chosen] = allowed(now)
+        self._vectors[self._rows.positions(batch.ids[chosen])] = vectors[chosen]
+        return chosen
+
+    def settle(self, progress: Progress) -> None:
+        """Do nothing: memory is as durable as it gets."""
 
     def _scores(self, queries: Vectors) -> NDArray[np.float64]:
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, Positions, VectorBatch, Vectors
+from simskip_vdb.datatypes import Cursor, Ids, Positions, VectorBatch, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError
 
 
@@ -75,7 +75,7 @@ class RowOrder:
             done = int(positions[-1]) + 1
             yield Change(positions, vectors)
 
-    def windows(self, batch_size: int, cursor: int | None) -> Iterator[tuple[int, int]]:
+    def windows(self, batch_size: int, cursor: Cursor | None) -> Iterator[tuple[int, int]]:
         """Cut the rows from ``cursor`` on into (start, stop).
 
         Raises:
@@ -83,7 +83,7 @@ class RowOrder:
         """
         if batch_size < 1:
             raise ConfigError(f"{self._store}: a batch holds at least one row, not {batch_size}")
-        first = 0 if cursor is None else cursor
+        first = 0 if cursor is None else int(cursor)
         if not 0 <= first <= len(self):
             raise ConfigError(f"{self._store}: cursor {first} is outside 0..{len(self)}")
         starts = range(first, len(self), batch_size)
@@ -104,6 +104,26 @@ def only_vectors(store: str, fields: object, partition: object) -> None:
         raise ConfigError(f"{store}: rows have no payload, so there are no fields to read")
     if partition is not None:
         raise ConfigError(f"{store}: the store has no partitions")
+
+
+def checked_rows(store: str, batch: VectorBatch, dim: int) -> Vectors:
+    """Return a batch's vectors as contiguous float32, shape (b, d), fit to be written.
+
+    Raises:
+        DataError: An id comes twice, or the vectors have another shape or are not finite.
+    """
+    vectors = np.ascontiguousarray(batch.vectors, np.float32)
+    if vectors.shape != (len(batch), dim):
+        raise DataError(
+            f"{store}: {len(batch)} ids came with vectors of shape {vectors.shape}; the store "
+            f"holds vectors of dimension {dim}"
+        )
+    if len(np.unique(batch.ids)) < len(batch):
+        raise DataError(f"{store}: a batch names a row twice")
+    bad = ~np.isfinite(vectors).all(axis=1)
+    if bad.any():
+        raise DataError(f"{store}: the vector for id {id_names(batch.ids[bad])[0]} is not finite")
+    return vectors
 
 
 def checked_queries(store: str, queries: Vectors, dim: int, k: int) -> Vectors:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from simskip_vdb.connectors.memory import MemoryStore
-from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
+from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows, only_vectors
 from simskip_vdb.datatypes import Metric, StoreInfo, VectorBatch
 from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError
 
@@ -65,20 +65,25 @@ class NpzStore:
         queries = checked_queries(self._uri, queries, self._vectors.shape[1], k)
         return MemoryStore(self._rows.ids, self._vectors, self._metric).search(queries, k, {})
 
-    def replace(self, batches, check):
+    def peek(self, ids):
+        there = ids[np.isin(ids, self._rows.ids)]
+        return VectorBatch(ids=there, vectors=self.fetch(there))
+
+    def update(self, batch, allowed):
         if self._read_only:
             raise ConfigError(f"{self._uri} was opened for reading only")
-        vectors = self._vectors.copy()
-        for positions, new in self._rows.changes(batches, vectors.shape[1]):
-            vectors[positions] = new
-        staged = self._path.with_name(f".{self._path.name}.new.npz")
-        try:
-            self._save(staged, vectors)
-            check(NpzStore(staged, read_only=True))  # raises to refuse
-            os.replace(staged, self._path)
-        finally:
-            staged.unlink(missing_ok=True)
-        self._vectors = vectors
+        vectors = checked_rows(self._uri, batch, self._vectors.shape[1])
+        now = self.peek(batch.ids)  # read right before writing: the application writes, too
+        chosen = np.isin(batch.ids, now.ids)
+        chosen[chosen] = allowed(now)
+        self._vectors[self._rows.positions(batch.ids[chosen])] = vectors[chosen]
+        self._save()
+        return chosen
 
-    def _save(self, path, vectors):
-        np.savez(path, ids=self._rows.ids, vectors=vectors, metric=self._metric.value)
+    def settle(self, progress):
+        """Nothing is left to do: every batch is on disk, and there is no index to build."""
+
+    def _save(self):
+        staged = self._path.with_name(f".{self._path.name}.new.npz")
+        np.savez(staged, ids=self._rows.ids, vectors=self._vectors, metric=self._metric.value)
+        os.replace(staged, self._path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,21 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.float32]
 """Row vectors, shape (n, d)."""
 Ids = NDArray[Any]
-"""Row ids, shape (n,): int64 in FAISS."""
+"""Row ids, shape (n,): int64 in FAISS; in Qdrant the text of a number or UUID, dtype S36."""
+Mask = NDArray[np.bool_]
+"""A choice among rows, shape (n,)."""
+Cursor = int | str
+"""Where a scan goes on."""
 Positions = NDArray[np.int64]
 """Row numbers in scan order, shape (n,)."""
 
 Progress = Callable[[str, int, int], None]
 """Hears of progress: (stage, done, of how many)."""
+
+
+def id_names(ids: Ids) -> list[str]:
+    """Return row ids as a person writes them."""
+    return [str(i) for i in (ids.astype("U") if ids.dtype.kind == "S" else ids).tolist()]
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -61,6 +71,9 @@ class StoreInfo:
         positional: True where a row's id is its position, so ids shift when rows are removed.
         exact: True where a vector is read back as it was written, bit for bit.
         lossy: True where it is read back too coarsely to be refined.
+        rounding: Relative L2 distance within which a vector that is not exact is read back.
+        state: Folder where the state of this store is kept, unless told otherwise; None where
+            there is no usual place.
         details: Index parameters worth showing, by FAISS's or Qdrant's own names.
     """
 
@@ -72,6 +85,8 @@ class StoreInfo:
     positional: bool = False
     exact: bool = True
     lossy: bool = False
+    rounding: float = 2e-3
+    state: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,7 +104,7 @@ class VectorBatch:
     ids: Ids
     vectors: Vectors
     fields: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    cursor: int | None = None
+    cursor: Cursor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -100,7 +115,7 @@ class Neighbors:
     """Answer to a search, best first.
 
     Attributes:
-        ids: Shape (q, k); -1 where the store returned fewer than k rows.
+        ids: Shape (q, k); -1, or empty where ids are text, if fewer than k rows were found.
         scores: Shape (q, k), float32, higher is better (L2 is negated); -inf where there is no row.
     """
 

@@ -6,14 +6,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from simskip_vdb.datatypes import Ids, Neighbors, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.datatypes import (
+    Cursor,
+    Ids,
+    Mask,
+    Neighbors,
+    Progress,
+    StoreInfo,
+    VectorBatch,
+    Vectors,
+)
 
 Check = Callable[["VectorStore"], None]
 """Looks at the rewritten store and raises to refuse it."""
 
 
 class VectorStore(Protocol):
-    """Rows with vectors that can be read, searched and have their vectors replaced.
+    """Rows with vectors that can be read and searched.
+
+    How it is written, it says by being `FileBacked` or `RowWritable` as well.
 
     A connector raises only errors of `simskip_vdb.errors`, whose messages name the store.
     """
@@ -27,10 +38,12 @@ class VectorStore(Protocol):
         batch_size: int,
         *,
         fields: Sequence[str] = (),
-        cursor: int | None = None,
+        cursor: Cursor | None = None,
         partition: int | None = None,
     ) -> Iterator[VectorBatch]:
         """Yield every row once, in a stable order, in bounded memory.
+
+        Rows that are added or removed while a scan goes on may be missing or not; no other is.
 
         Args:
             batch_size: Most rows in a batch.
@@ -62,19 +75,6 @@ class VectorStore(Protocol):
 
         Raises:
             ConfigError: The index does not know a parameter.
-        """
-        ...
-
-    def replace(self, batches: Iterable[VectorBatch], check: Check) -> None:
-        """Write new vectors to existing rows; nothing else changes.
-
-        Batches follow the order of `scan`; rows left out keep their vectors. `check` sees the
-        rewritten store, before it takes effect where the store can stage, and refuses it by
-        raising; the error passes through and the store is as it was.
-
-        Raises:
-            DataError: A batch names an unknown id, is out of order, or has a wrong dimension.
-            StoreChangedError: Somebody else wrote meanwhile; nothing was overwritten.
         """
         ...
 
@@ -121,6 +121,108 @@ class TakesOriginals(Protocol):
         ...
 
 
+Allowed = Callable[[VectorBatch], Mask]
+"""Given rows as they are now, tells which may be overwritten, shape (b,)."""
+
+
+@runtime_checkable
+class RowWritable(Protocol):
+    """Ability: rows are written where they are, while an application may write them, too."""
+
+    def peek(self, ids: Ids) -> VectorBatch:
+        """Return those of these rows that are there, in the order asked; each id at most once."""
+        ...
+
+    def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
+        """Overwrite the vectors of rows that are there and that `allowed` lets go.
+
+        Rows are read again and handed to `allowed` right before they are written, a request at a
+        time; `allowed` may be called from several threads. Nothing but this vector changes, and a
+        row that was removed meanwhile is not added again. Writing the same batch twice does no
+        more than writing it once.
+
+        Args:
+            batch: Row ids, each at most once, and their new vectors.
+            allowed: Spares rows that somebody else changed.
+
+        Returns:
+            Which rows were written, shape (b,); where the store makes a write depend on a
+            condition, which were sent.
+
+        Raises:
+            DataError: A vector has the wrong dimension or is not finite, or an id comes twice;
+                nothing was written.
+            TransientStoreError: The store kept failing; some rows may be written, some not.
+        """
+        ...
+
+    def settle(self, progress: Progress) -> None:
+        """Make every write durable, and wait until the index over the vectors is built again."""
+        ...
+
+
+@runtime_checkable
+class Marked(Protocol):
+    """Ability: the store itself carries a note of who refined it."""
+
+    def marker(self) -> Mapping[str, Any] | None:
+        """Return the note; None where there is none."""
+        ...
+
+    def mark(self, note: Mapping[str, Any] | None) -> None:
+        """Leave a note (plain JSON values), durably; None takes it away."""
+        ...
+
+
+@runtime_checkable
+class AddsVectors(Protocol):
+    """Ability: a row can hold another vector under a name of its own."""
+
+    def vector_beside(self, name: str, *, create: bool) -> VectorStore:
+        """Return the same rows with the vectors of that name; it is `RowWritable`.
+
+        Its scan yields the rows that have such a vector; its `update` gives one to rows that have
+        none (then `allowed` sees NaN in its place).
+
+        Args:
+            name: Such as ``text@simskip``.
+            create: Make room for it, with this vector's settings, where there is none.
+
+        Raises:
+            ConfigError: There is none and `create` is false, or the engine is too old for it.
+        """
+        ...
+
+    def drop_vector_beside(self, name: str) -> None:
+        """Remove the vectors of that name; nothing happens where there are none."""
+        ...
+
+
+@runtime_checkable
+class Copied(Protocol):
+    """Ability: the whole collection can be copied beside itself, and an alias switched to it."""
+
+    def copy(self, name: str, progress: Progress) -> VectorStore:
+        """Copy settings, payload indexes and every row to a collection; return it.
+
+        It is `RowWritable`. Where it exists already, it is completed: rows that it lacks are
+        copied, rows that it has are left.
+        """
+        ...
+
+    def switch(self, name: str) -> None:
+        """Let the alias by which this store was opened lead to a collection, atomically.
+
+        Raises:
+            ConfigError: This store was not opened by an alias.
+        """
+        ...
+
+    def drop_copy(self, name: str) -> None:
+        """Remove a collection that `copy` made; nothing happens where there is none."""
+        ...
+
+
 @runtime_checkable
 class FileBacked(Protocol):
     """Ability: the whole index is one file, swapped atomically."""
@@ -137,9 +239,21 @@ class FileBacked(Protocol):
     def replace_keeping(
         self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
     ) -> None:
-        """Replace as `VectorStore.replace` does, and keep the old file as `keep` if given.
+        """Write new vectors to existing rows; nothing else changes.
 
-        The swap happens only while the file's hash is `expected`.
+        Batches follow the order of `scan`; rows left out keep their vectors. `check` sees the
+        rewritten index before it takes effect, and refuses it by raising; the error passes through
+        and the index is as it was.
+
+        Args:
+            batches: New vectors.
+            check: Looks at the candidate.
+            keep: Where the old file is kept, if anywhere.
+            expected: The swap happens only while the file's hash is this.
+
+        Raises:
+            DataError: A batch names an unknown id, is out of order, or has a wrong dimension.
+            StoreChangedError: Somebody else wrote meanwhile; nothing was overwritten.
         """
         ...
 

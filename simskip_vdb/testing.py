@@ -1,9 +1,10 @@
 """The contract of a store as tests that every connector runs.
 
-Subclass `StoreContract` in a test module, and give it a way to make a store and a way to read one
-that bypasses the code under test::
+Subclass `StoreContract` in a test module, `FileContract` where the store is one file, `RowContract`
+where its rows are written one by one. Give it a way to make a store and a way to read one that
+bypasses the code under test::
 
-    class TestMyStore(StoreContract):
+    class TestMyStore(RowContract):
         metrics = (Metric.DOT,)
 
         def make_store(self, ids, vectors, metric):
@@ -15,7 +16,7 @@ that bypasses the code under test::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -23,9 +24,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors
+from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors, id_names, silent
 from simskip_vdb.errors import ConfigError, DataError, SimskipError
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import Check, FileBacked, RowWritable, VectorStore
 
 _SEED = 20
 _K = 10
@@ -52,6 +53,10 @@ class StoreContract:
     count: int = 60
     dim: int = 8
 
+    def unknown_id(self, ids: Ids) -> Ids:
+        """Return an id that no row has, as an array of shape (1,)."""
+        return np.array([int(ids[-1]) + 1]).astype(ids.dtype)
+
     def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
         """Make a store of these rows, whose scan order is this order."""
         raise NotImplementedError
@@ -67,7 +72,7 @@ class StoreContract:
 
     @pytest.fixture
     def ids(self) -> Ids:
-        """Ids in scan order, ascending, with holes where ids are free."""
+        """Ids in scan order, with holes where ids are free."""
         return np.arange(self.count) * (1 if self.positional else 3)
 
     @pytest.fixture
@@ -137,9 +142,9 @@ class StoreContract:
 
     def test_fetch_refuses_an_unknown_id(self, store: VectorStore, ids: Ids) -> None:
         """An unknown id among known ones is named."""
-        unknown = int(ids[-1]) + 1
-        with pytest.raises(DataError, match=str(unknown)):
-            store.fetch(np.array([ids[0], unknown]))
+        unknown = self.unknown_id(ids)
+        with pytest.raises(DataError, match=id_names(unknown)[0]):
+            store.fetch(np.append(ids[0], unknown))
 
     def test_search_finds_the_nearest_first(self, store: VectorStore, metric: Metric) -> None:
         """Ids and scores are those of exact search over what is stored."""
@@ -147,14 +152,14 @@ class StoreContract:
         self._assert_exact_search(store, queries, metric)
 
     def test_search_marks_missing_rows(self, store: VectorStore, ids: Ids) -> None:
-        """Where there are fewer than k rows, the rest is -1 and -inf."""
+        """Where there are fewer than k rows, the rest has no id and scores -inf."""
         queries = _unit_vectors(2, self.dim, _SEED + 2)
         found = store.search(queries, self.count + 5, self.search_params)
         assert found.ids.shape == found.scores.shape == (2, self.count + 5)
         assert found.scores.dtype == np.float32
         for row_ids, scores in zip(found.ids, found.scores, strict=True):
-            assert sorted(row_ids[: self.count]) == ids.tolist()
-            assert (row_ids[self.count :] == -1).all()
+            np.testing.assert_array_equal(np.sort(row_ids[: self.count]), np.sort(ids))
+            assert (row_ids[self.count :] == (b"" if ids.dtype.kind == "S" else -1)).all()
             assert np.isneginf(scores[self.count :]).all()
 
     def test_search_refuses_what_it_does_not_know(self, store: VectorStore) -> None:
@@ -166,84 +171,6 @@ class StoreContract:
             store.search(queries, 0, {})
         with pytest.raises(DataError):
             store.search(queries[:, 1:], 3, {})
-
-    def test_replace_all_rows(
-        self, store: VectorStore, ids: Ids, refined: Vectors, metric: Metric
-    ) -> None:
-        """New vectors are stored, in the same order, and found."""
-        before = store.info()
-        store.replace(_batches(ids, refined, 7), _accept)
-        self._assert_holds(store, ids, refined)
-        assert store.info() == before
-        self._assert_exact_search(store, refined[:9], metric)
-
-    def test_replace_some_rows(
-        self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors
-    ) -> None:
-        """Rows left out keep their vectors."""
-        chosen = np.zeros(self.count, np.bool_)
-        chosen[[1, 2, 30, self.count - 2]] = True
-        store.replace(_batches(ids[chosen], refined[chosen], 3), _accept)
-        self._assert_holds(store, ids, np.where(chosen[:, None], refined, vectors))
-
-    def test_replace_nothing(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
-        """No batches and empty ones change nothing."""
-        store.replace([], _accept)
-        store.replace(_batches(ids[:0], vectors[:0], 3), _accept)
-        self._assert_holds(store, ids, vectors)
-
-    def test_check_sees_the_new_rows(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
-        """The check is handed a store that holds what was written."""
-        seen = []
-
-        def check(candidate: VectorStore) -> None:
-            seen.append(_together(candidate.scan(1000)))
-
-        store.replace(_batches(ids, refined, 7), check)
-        ((read_ids, read),) = seen
-        np.testing.assert_array_equal(read_ids, ids)
-        self._assert_close(read, refined)
-
-    def test_check_refuses(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
-        """An error in the check passes through, and the rows are as they were."""
-
-        def refuse(candidate: VectorStore) -> None:
-            raise LookupError("refused")
-
-        before = self.raw_rows(store)
-        with pytest.raises(LookupError, match="refused"):
-            store.replace(_batches(ids, refined, 7), refuse)
-        self._assert_untouched(store, before)
-
-    def test_batches_fail(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
-        """An error of the one who makes the batches passes through, too."""
-
-        def batches() -> Iterator[VectorBatch]:
-            yield VectorBatch(ids=ids[:7], vectors=refined[:7])
-            raise LookupError("no more")
-
-        before = self.raw_rows(store)
-        with pytest.raises(LookupError, match="no more"):
-            store.replace(batches(), _accept)
-        self._assert_untouched(store, before)
-
-    @pytest.mark.parametrize("wrong", ["unknown id", "order", "twice", "dimension", "length"])
-    def test_replace_refuses_wrong_batches(
-        self, store: VectorStore, ids: Ids, refined: Vectors, wrong: str
-    ) -> None:
-        """Bad batches after a good one are data errors, and the rows are as they were."""
-        before = self.raw_rows(store)
-        good = VectorBatch(ids=ids[:7], vectors=refined[:7])
-        rows = {
-            "unknown id": (np.array([int(ids[-1]) + 1]), refined[:1]),
-            "order": (ids[[9, 8]], refined[:2]),
-            "twice": (ids[[6]], refined[:1]),
-            "dimension": (ids[[9]], refined[:1, 1:]),
-            "length": (ids[[9, 10]], refined[:1]),
-        }[wrong]
-        with pytest.raises(DataError):
-            store.replace([good, VectorBatch(ids=rows[0], vectors=rows[1])], _accept)
-        self._assert_untouched(store, before)
 
     def test_errors_name_the_store(self, store: VectorStore) -> None:
         """A person can tell which store an error is about."""
@@ -281,6 +208,197 @@ class StoreContract:
         np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
 
 
+class FileContract(StoreContract):
+    """What a `FileBacked` store keeps as well."""
+
+    def test_replace_all_rows(
+        self, store: VectorStore, ids: Ids, refined: Vectors, metric: Metric
+    ) -> None:
+        """New vectors are stored, in the same order, and found."""
+        before = store.info()
+        _replace(store, _batches(ids, refined, 7), _accept)
+        self._assert_holds(store, ids, refined)
+        assert store.info() == before
+        self._assert_exact_search(store, refined[:9], metric)
+
+    def test_replace_some_rows(
+        self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors
+    ) -> None:
+        """Rows left out keep their vectors."""
+        chosen = np.zeros(self.count, np.bool_)
+        chosen[[1, 2, 30, self.count - 2]] = True
+        _replace(store, _batches(ids[chosen], refined[chosen], 3), _accept)
+        self._assert_holds(store, ids, np.where(chosen[:, None], refined, vectors))
+
+    def test_replace_nothing(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
+        """No batches and empty ones change nothing."""
+        _replace(store, [], _accept)
+        _replace(store, _batches(ids[:0], vectors[:0], 3), _accept)
+        self._assert_holds(store, ids, vectors)
+
+    def test_check_sees_the_new_rows(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """The check is handed a store that holds what was written."""
+        seen = []
+
+        def check(candidate: VectorStore) -> None:
+            seen.append(_together(candidate.scan(1000)))
+
+        _replace(store, _batches(ids, refined, 7), check)
+        ((read_ids, read),) = seen
+        np.testing.assert_array_equal(read_ids, ids)
+        self._assert_close(read, refined)
+
+    def test_check_refuses(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """An error in the check passes through, and the rows are as they were."""
+
+        def refuse(candidate: VectorStore) -> None:
+            raise LookupError("refused")
+
+        before = self.raw_rows(store)
+        with pytest.raises(LookupError, match="refused"):
+            _replace(store, _batches(ids, refined, 7), refuse)
+        self._assert_untouched(store, before)
+
+    def test_batches_fail(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """An error of the one who makes the batches passes through, too."""
+
+        def batches() -> Iterator[VectorBatch]:
+            yield VectorBatch(ids=ids[:7], vectors=refined[:7])
+            raise LookupError("no more")
+
+        before = self.raw_rows(store)
+        with pytest.raises(LookupError, match="no more"):
+            _replace(store, batches(), _accept)
+        self._assert_untouched(store, before)
+
+    @pytest.mark.parametrize("wrong", ["unknown id", "order", "twice", "dimension", "length"])
+    def test_replace_refuses_wrong_batches(
+        self, store: VectorStore, ids: Ids, refined: Vectors, wrong: str
+    ) -> None:
+        """Bad batches after a good one are data errors, and the rows are as they were."""
+        before = self.raw_rows(store)
+        good = VectorBatch(ids=ids[:7], vectors=refined[:7])
+        rows = {
+            "unknown id": (self.unknown_id(ids), refined[:1]),
+            "order": (ids[[9, 8]], refined[:2]),
+            "twice": (ids[[6]], refined[:1]),
+            "dimension": (ids[[9]], refined[:1, 1:]),
+            "length": (ids[[9, 10]], refined[:1]),
+        }[wrong]
+        with pytest.raises(DataError):
+            _replace(store, [good, VectorBatch(ids=rows[0], vectors=rows[1])], _accept)
+        self._assert_untouched(store, before)
+
+
+class RowContract(StoreContract):
+    """What a `RowWritable` store keeps as well."""
+
+    def test_update_writes_rows(
+        self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors, metric: Metric
+    ) -> None:
+        """New vectors are stored where they belong, and found; the others stay."""
+        assert isinstance(store, RowWritable)
+        before = store.info()
+        chosen = np.zeros(self.count, np.bool_)
+        chosen[[1, 2, 30, self.count - 2]] = True
+        written = store.update(VectorBatch(ids=ids[chosen], vectors=refined[chosen]), _any_row)
+        store.settle(silent)
+        assert written.all()
+        self._assert_holds(store, ids, np.where(chosen[:, None], refined, vectors))
+        store.update(VectorBatch(ids=ids[::-1], vectors=refined[::-1]), _any_row)
+        store.settle(silent)
+        self._assert_holds(store, ids, refined)
+        assert store.info() == before
+        self._assert_exact_search(store, refined[:9], metric)
+
+    def test_update_twice_is_update_once(
+        self, store: VectorStore, ids: Ids, refined: Vectors
+    ) -> None:
+        """A batch may be sent again."""
+        assert isinstance(store, RowWritable)
+        for _ in range(2):
+            assert store.update(VectorBatch(ids=ids, vectors=refined), _any_row).all()
+        self._assert_holds(store, ids, refined)
+
+    def test_update_spares_what_it_must(
+        self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors
+    ) -> None:
+        """Rows are shown as they are, and those that are not allowed stay."""
+        assert isinstance(store, RowWritable)
+        shown = []
+
+        def allowed(now: VectorBatch) -> Mask:
+            shown.append(now)
+            return np.isin(now.ids, ids[::2])
+
+        written = store.update(VectorBatch(ids=ids, vectors=refined), allowed)
+        np.testing.assert_array_equal(written, np.arange(self.count) % 2 == 0)
+        self._assert_holds(store, ids, np.where(written[:, None], refined, vectors))
+        seen_ids, seen = _together(shown)
+        order = np.argsort(seen_ids)
+        np.testing.assert_array_equal(seen_ids[order], np.sort(ids))
+        self._assert_close(seen[order], vectors[np.argsort(ids)])
+
+    def test_update_adds_no_row(self, store: VectorStore, ids: Ids, refined: Vectors) -> None:
+        """A row that is not there is neither shown nor written nor added."""
+        assert isinstance(store, RowWritable)
+        gone = self.unknown_id(ids)
+        batch = VectorBatch(ids=np.append(ids[:3], gone), vectors=refined[:4])
+        assert store.update(batch, _any_row).tolist() == [True, True, True, False]
+        assert gone not in self.raw_rows(store)[0]
+        assert store.info().count == self.count
+
+    def test_update_of_nothing(self, store: VectorStore, ids: Ids, vectors: Vectors) -> None:
+        """An empty batch changes nothing."""
+        assert isinstance(store, RowWritable)
+        assert store.update(VectorBatch(ids=ids[:0], vectors=vectors[:0]), _any_row).shape == (0,)
+        store.settle(silent)
+        self._assert_holds(store, ids, vectors)
+
+    @pytest.mark.parametrize("wrong", ["twice", "dimension", "length", "NaN"])
+    def test_update_refuses_wrong_batches(
+        self, store: VectorStore, ids: Ids, refined: Vectors, wrong: str
+    ) -> None:
+        """Bad batches are data errors, and no row was written."""
+        assert isinstance(store, RowWritable)
+        before = self.raw_rows(store)
+        nan = refined[:2].copy()
+        nan[1, 0] = np.nan
+        rows = {
+            "twice": (ids[[6, 6]], refined[:2]),
+            "dimension": (ids[:2], refined[:2, 1:]),
+            "length": (ids[[9, 10]], refined[:1]),
+            "NaN": (ids[:2], nan),
+        }[wrong]
+        with pytest.raises(DataError):
+            store.update(VectorBatch(ids=rows[0], vectors=rows[1]), _any_row)
+        self._assert_untouched(store, before)
+
+    def test_an_error_in_allowed_gets_out(
+        self, store: VectorStore, ids: Ids, refined: Vectors
+    ) -> None:
+        """Nothing is written where nobody could say whether it may."""
+        assert isinstance(store, RowWritable)
+
+        def fail(now: VectorBatch) -> Mask:
+            raise LookupError("unknown")
+
+        before = self.raw_rows(store)
+        with pytest.raises(LookupError, match="unknown"):
+            store.update(VectorBatch(ids=ids, vectors=refined), fail)
+        self._assert_untouched(store, before)
+
+    def test_peek_returns_what_is_there(
+        self, store: VectorStore, ids: Ids, vectors: Vectors
+    ) -> None:
+        """Rows come in the order asked, without those that are not there."""
+        assert isinstance(store, RowWritable)
+        wanted = np.array([5, 0, self.count - 1])
+        found = store.peek(np.append(self.unknown_id(ids), ids[wanted]))
+        np.testing.assert_array_equal(found.ids, ids[wanted])
+        self._assert_close(found.vectors, vectors[wanted])
+
+
 def exact_scores(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[np.float64]:
     """Score every pair in float64, written out from the definition, shape (q, n)."""
     left = queries.astype(np.float64)[:, None]  # (q, 1, d)
@@ -293,6 +411,15 @@ def exact_scores(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[
     if metric is Metric.COSINE:
         scores /= np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
     return scores
+
+
+def _replace(store: VectorStore, batches: Iterable[VectorBatch], check: Check) -> None:
+    assert isinstance(store, FileBacked)
+    store.replace_keeping(batches, check, keep=None, expected=store.sha256())
+
+
+def _any_row(now: VectorBatch) -> Mask:
+    return np.ones(len(now), np.bool_)
 
 
 def _accept(candidate: VectorStore) -> None:

@@ -38,7 +38,7 @@ def test_a_path_with_a_colon_is_a_path(path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_read_only_reaches_the_store(path: Path) -> None:
     with pytest.raises(ConfigError, match="reading only"):
-        open_store(str(path), read_only=True).replace([], lambda store: None)
+        FaissStore.open(str(path), read_only=True).replace([], lambda store: None)
 
 
 def test_unknown_schemes_name_the_known_ones() -> None:

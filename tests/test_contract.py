@@ -9,10 +9,10 @@ from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.connectors.memory import MemoryStore
 from simskip_vdb.datatypes import Ids, Metric, Vectors
 from simskip_vdb.store import VectorStore
-from simskip_vdb.testing import StoreContract
+from simskip_vdb.testing import FileContract, RowContract
 
 
-class TestMemoryStore(StoreContract):
+class TestMemoryStore(RowContract):
     def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
         return MemoryStore(ids, vectors, metric)
 
@@ -21,7 +21,7 @@ class TestMemoryStore(StoreContract):
         return store._rows.ids.copy(), store._vectors.copy()
 
 
-class TestFaissStore(StoreContract):
+class TestFaissStore(FileContract):
     metrics = (Metric.DOT, Metric.EUCLID)
 
     @pytest.fixture(autouse=True, params=KINDS)

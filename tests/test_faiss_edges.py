@@ -10,7 +10,7 @@ import pytest
 from faiss_cells import CELLS, SMALL, Cell, Expect, be_quiet, ids_of
 from faiss_walk import learned, parameters
 
-from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import VectorBatch, Vectors
 from simskip_vdb.store import VectorStore
 
@@ -52,7 +52,7 @@ def test_with_hardly_any_rows(name: str, rows: Vectors, tmp_path: Path) -> None:
 
 
 def _replaced(path: Path, cell: Cell, vectors: Vectors) -> VectorStore:
-    store = open_store(str(path))
+    store = FaissStore(path)
     (ids, *_) = [batch.ids for batch in store.scan(10)] or [np.empty(0, np.int64)]
     np.testing.assert_array_equal(ids, ids_of(cell, len(vectors)))
     store.replace([VectorBatch(ids=ids, vectors=vectors)], lambda candidate: None)
@@ -88,7 +88,7 @@ def test_one_dimension_and_thousands(factory: str, dim: int, tmp_path: Path) -> 
     new = rng.standard_normal((40, dim)).astype(np.float32)
     if factory.startswith("L2norm"):
         new /= np.linalg.norm(new, axis=1, keepdims=True)
-    store = open_store(str(path))
+    store = FaissStore(path)
     store.replace([VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
     np.testing.assert_allclose(store.fetch(ids), new, atol=0.03)
     assert parameters(faiss.read_index(str(path))) == before

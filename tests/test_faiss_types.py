@@ -18,6 +18,7 @@ from faiss_walk import id_order, learned, parameters, walk
 from machine import RESULTS
 
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Metric, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, SimskipError, UnsupportedIndexError
 from simskip_vdb.journal import Journal
@@ -222,7 +223,7 @@ def test_lossy_codes_are_not_refined_without_originals(case: Case) -> None:
         case.refine(store)
     some = VectorBatch(ids=case.ids()[:1], vectors=case.rows[:1])
     with pytest.raises(UnsupportedIndexError, match="--originals"):
-        store.replace([some], lambda candidate: None)
+        FaissStore(case.path).replace([some], lambda candidate: None)
     assert sha(case.path) == before
 
 
@@ -246,7 +247,7 @@ def test_ranges_cover_rows_that_were_not_learned_from(
     index.add(rows)
     path = tmp_path / "rows.faiss"
     faiss.write_index(index, str(path))
-    store = open_store(str(path))
+    store = FaissStore(path)
     new = rows[:, ::-1] * np.linspace(1, 9, SMALL.rows, dtype=np.float32)[:, None]
     if factory.startswith("L2norm"):
         new /= np.linalg.norm(new, axis=1, keepdims=True)

@@ -16,7 +16,7 @@ import pytest
 from simskip_vdb.datatypes import Ids, Metric, Vectors
 from simskip_vdb.errors import StoreError, StoreNotFoundError
 from simskip_vdb.store import VectorStore
-from simskip_vdb.testing import StoreContract
+from simskip_vdb.testing import RowContract
 
 SKELETON = Path(__file__).resolve().parents[1] / "docs" / "connector_skeleton.py"
 
@@ -30,7 +30,7 @@ def load() -> ModuleType:
     return module
 
 
-class TestSkeleton(StoreContract):
+class TestSkeleton(RowContract):
     @pytest.fixture(autouse=True)
     def _folder(self, tmp_path: Path) -> None:
         self.path = tmp_path / "rows.npz"

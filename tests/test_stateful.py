@@ -68,12 +68,13 @@ class FileAgainstMemory(RuleBasedStateMachine):
         rng = np.random.default_rng(seed)
         chosen = self.ids[rng.random(len(self.ids)) < share]
         vectors = self.vectors(len(chosen), seed)
-        for store in (self.store, self.memory):
-            parts = range(0, len(chosen), size)
-            batches = [
-                VectorBatch(ids=chosen[i : i + size], vectors=vectors[i : i + size]) for i in parts
-            ]
-            store.replace(batches, lambda candidate: None)
+        batches = [
+            VectorBatch(ids=chosen[i : i + size], vectors=vectors[i : i + size])
+            for i in range(0, len(chosen), size)
+        ]
+        self.store.replace(batches, lambda candidate: None)
+        for batch in batches:
+            self.memory.update(batch, lambda now: np.ones(len(now), np.bool_))
 
     @rule(seed=seeds)
     def refuse(self, seed: int) -> None:
