@@ -90,6 +90,7 @@ class FaissStore:
             positional=layout.positional,
             exact=layout.fidelity is Fidelity.EXACT,
             lossy=layout.fidelity is Fidelity.LOSSY,
+            state=self.path.with_name(self.path.name + ".simskip"),
             details=layout.details,
         )
 

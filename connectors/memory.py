@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows, only_vectors
 from simskip_vdb.datatypes import (
+    ID_TEXT,
     Cursor,
     Ids,
     Mask,
@@ -36,7 +37,7 @@ class MemoryStore:
         """Copy the rows.
 
         Args:
-            ids: Shape (n,), integers.
+            ids: Shape (n,), integers or text.
             vectors: Shape (n, d).
             metric: How queries and rows are compared.
             positional: Say that ids are positions.
@@ -47,7 +48,7 @@ class MemoryStore:
         self._vectors = np.array(vectors, np.float32)
         if self._vectors.ndim != 2 or len(self._vectors) != len(ids):
             raise DataError(f"{_URI} {len(ids)} ids for vectors of shape {self._vectors.shape}")
-        self._rows = RowOrder(np.array(ids, np.int64), _URI)
+        self._rows = RowOrder(np.array(ids, ID_TEXT if ids.dtype.kind == "S" else np.int64), _URI)
         self._metric = metric
         self._positional = positional
 
@@ -92,7 +93,8 @@ class MemoryStore:
         if params:
             raise ConfigError(f"{_URI} exact search has no parameters, not {sorted(params)}")
         array = checked_queries(_URI, queries, self._vectors.shape[1], k)
-        ids = np.full((len(array), k), -1, np.int64)
+        nothing = b"" if self._rows.ids.dtype.kind == "S" else -1
+        ids = np.full((len(array), k), nothing, self._rows.ids.dtype)
         scores = np.full((len(array), k), -np.inf, np.float32)
         width = min(k, len(self._rows))
         for start in range(0, len(array), _QUERY_BLOCK):
@@ -101,7 +103,7 @@ class MemoryStore:
             best = np.argsort(-found, axis=1, kind="stable")[:, :width]
             score = np.take_along_axis(found, best, axis=1)
             missing = np.isneginf(score)
-            ids[block, :width] = np.where(missing, -1, self._rows.ids[best])
+            ids[block, :width] = np.where(missing, nothing, self._rows.ids[best])
             scores[block, :width] = score
         return Neighbors(ids=ids, scores=scores)
 

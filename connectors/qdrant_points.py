@@ -12,11 +12,9 @@ from uuid import UUID
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, Metric
+from simskip_vdb.datatypes import ID_TEXT, Ids, Metric
 from simskip_vdb.errors import ConfigError, UnsupportedIndexError
 
-ID_DTYPE = np.dtype("S36")
-"""Text of a number or of a UUID."""
 F32_ROUNDING, F16_ROUNDING = 1e-5, 2e-3
 """Relative L2 distance within which a vector is read back."""
 
@@ -63,7 +61,7 @@ def parse_address(uri: str, known: Iterable[str] = ()) -> Address:
 
 def to_ids(points: Iterable[int | str | UUID]) -> Ids:
     """Return point ids as row ids."""
-    return np.array([str(point) for point in points], ID_DTYPE)
+    return np.array([str(point) for point in points], ID_TEXT)
 
 
 def to_points(ids: Ids) -> list[int | str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Cursor, Ids, Positions, VectorBatch, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError
@@ -27,7 +26,7 @@ class Change(NamedTuple):
 class RowOrder:
     """The ids of a store's rows in scan order, and the way back from an id to its position."""
 
-    def __init__(self, ids: NDArray[np.int64], store: str) -> None:
+    def __init__(self, ids: Ids, store: str) -> None:
         """Take the ids, shape (n,), and the store's address for messages."""
         self.ids = ids
         self._store = store
@@ -45,8 +44,8 @@ class RowOrder:
         wanted = np.asarray(ids)
         if len(wanted) == 0:
             return np.empty(0, np.int64)
-        if wanted.dtype.kind not in "iu":
-            raise DataError(f"{self._store}: ids are integers, not {wanted.dtype}")
+        if (wanted.dtype.kind == "S") != (self.ids.dtype.kind == "S"):
+            raise DataError(f"{self._store}: ids are {self.ids.dtype}, not {wanted.dtype}")
         first = np.searchsorted(self.ids, wanted, side="left", sorter=self._by_id)
         last = np.searchsorted(self.ids, wanted, side="right", sorter=self._by_id)
         self._refuse(wanted[last == first], "is not in the store")
@@ -91,7 +90,7 @@ class RowOrder:
 
     def _refuse(self, ids: Ids, why: str) -> None:
         if len(ids):
-            raise DataError(f"{self._store}: id {ids[0]} {why}")
+            raise DataError(f"{self._store}: id {id_names(ids)[0]} {why}")
 
 
 def only_vectors(store: str, fields: object, partition: object) -> None:

@@ -5,6 +5,7 @@ A state folder holds
     manifest.json          the only file that is ever replaced; it names all the others
     originals-*.arrow      every row as the application wrote it: id, vector (Arrow IPC)
     written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC)
+    before-*.arrow         every row as an earlier refinement of ours had left it (Arrow IPC)
     kept-*                 the index file as it was before the first write
     refiners/ID/           fitted refiners
     ledger.json            splits of queries, and looks at the test queries
@@ -12,7 +13,7 @@ A state folder holds
 Files are named by their content's hash, written whole, fsynced, and only then named in the
 manifest; so at any instant the manifest points to complete files. A write to the index is announced
 in the manifest (`pending`) before it happens, and confirmed after; what is found pending later is
-decided by looking at the index.
+decided by looking at the index: at its file, or, where rows are written one by one, at every row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,12 +34,11 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
-from simskip_vdb.rows import Digests, Rows
+from simskip_vdb.rows import Digests, Rows, ids_from_arrow, ids_to_arrow
 
 SCHEMA = 1
-OURS = re.compile(
-    r"(originals|written)-[0-9a-f]{12}\.arrow|(originals|written)\.tmp|kept-[0-9a-f]{12}"
-)
+IN_PLACE, NEW_VECTOR, NEW_COLLECTION = "in-place", "new-vector", "new-collection"
+OURS = re.compile(r"(originals|written|before)(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}")
 """Names of files that may be deleted; a state folder may be one that holds other things."""
 
 
@@ -56,12 +57,16 @@ class Write:
 
     Attributes:
         refiner: Id of the refiner whose vectors were written; empty for a rollback.
-        before: SHA-256 of the index file before the write.
+        before: Fingerprint before the write: SHA-256 of the index file, or `fingerprint_of` rows.
         originals: Every row as the application had written it.
-        fingerprint: SHA-256 of the index file after the write.
-        written: Digests of all rows as read back.
-        kept: The index file from before the first write; None where rows changed in between.
+        fingerprint: Fingerprint after the write; empty until it is known.
+        written: Digests of all rows as read back; None until they were.
+        kept: What takes the index back to before: the file from before the first write (None where
+            rows changed in between), or the rows as an earlier refinement left them (None where
+            there was none).
         time: Seconds since the epoch.
+        mode: ``in-place``, ``new-vector`` or ``new-collection``.
+        target: Name of the new vector or collection; empty in place.
         summary: What `status` shows: side, measure, before, after, ci95, evidence.
     """
 
@@ -72,6 +77,8 @@ class Write:
     written: FileRef | None
     kept: FileRef | None
     time: float
+    mode: str = IN_PLACE
+    target: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -180,28 +187,37 @@ class Journal:
 
         They are `scanned` until a write names them; those of the last write stay beside them.
         """
+        self._update()  # a folder that holds rows has a manifest
+        ref = self.scanned = self._save_rows("originals", batches)
+        return Rows(self.folder / ref.name)
+
+    def save_before(self, batches: Iterable[VectorBatch]) -> FileRef:
+        """Write rows as an earlier refinement left them, and make them durable."""
+        return self._save_rows("before", batches)
+
+    def _save_rows(self, stem: str, batches: Iterable[VectorBatch]) -> FileRef:
         import pyarrow as pa
 
         dim = self._info.dim
-        schema = pa.schema([("id", pa.int64()), ("vector", pa.list_(pa.float32(), dim))])
 
         def tables() -> Iterator[Any]:
             for batch in batches:
                 flat = pa.array(np.ascontiguousarray(batch.vectors, np.float32).ravel())
                 vectors = pa.FixedSizeListArray.from_arrays(flat, dim)
-                yield pa.record_batch([pa.array(batch.ids), vectors], schema=schema)
+                yield pa.record_batch([ids_to_arrow(batch.ids), vectors], ["id", "vector"])
 
-        self._update()  # a folder that holds rows has a manifest
-        ref = self.scanned = self._save_arrow("originals", schema, tables())
-        return Rows(self.folder / ref.name)
+        empty = pa.record_batch(
+            [pa.array([], pa.int64()), pa.array([], pa.list_(pa.float32(), dim))], ["id", "vector"]
+        )
+        return self._save_arrow(stem, tables(), empty)
 
     def announce(self, write: Write) -> None:
         """Record a write that is about to happen."""
         self._update(pending=write)
 
-    def settle(self, *, happened: bool) -> None:
-        """Record whether the announced write happened."""
-        write = self.manifest.pending
+    def settle(self, *, happened: bool, done: Write | None = None) -> None:
+        """Record whether the announced write happened; `done` tells more than was announced."""
+        write = self.manifest.pending if done is None else done
         if write is None:
             return
         if not happened:
@@ -224,9 +240,8 @@ class Journal:
         """Write the digests of rows as read back, in bytes 16 a row, and make them durable."""
         import pyarrow as pa
 
-        schema = pa.schema([("id", pa.int64()), ("digest", pa.uint64())])
-        batch = pa.record_batch([pa.array(ids), pa.array(digests)], schema=schema)
-        return self._save_arrow("written", schema, [batch])
+        batch = pa.record_batch([ids_to_arrow(ids), pa.array(digests)], ["id", "digest"])
+        return self._save_arrow("written", [batch], batch)
 
     def open_written(self, ref: FileRef) -> tuple[Ids, Digests]:
         """Return ids and digests saved by `save_written`."""
@@ -234,7 +249,7 @@ class Journal:
 
         with pa.OSFile(str(self.path(ref))) as source:
             table = pa.ipc.open_file(source).read_all()
-        return table["id"].to_numpy(), table["digest"].to_numpy()
+        return ids_from_arrow(table["id"]), table["digest"].to_numpy()
 
     def mark_copy(self, source: str, write: Write) -> None:
         """Record that this index is a refined copy of another one."""
@@ -277,10 +292,9 @@ class Journal:
                 f"({manifest.dim} dimensions, {manifest.metric}), not of {info.uri} "
                 f"({info.dim}, {info.metric.value}); move it away or choose another with --state"
             )
-        elsewhere = self.folder != beside(info.uri)
         written = manifest.current or manifest.pending
         if written is not None and manifest.index != info.uri:
-            if elsewhere and _file_of(manifest.index).exists():
+            if self.folder != info.state and _still_there(manifest.index):
                 raise JournalError(
                     f"{self.folder} is the state of {manifest.index}, not of {info.uri}; give each "
                     "index a state folder of its own with --state"
@@ -288,15 +302,19 @@ class Journal:
             manifest = replace(manifest, index=info.uri)  # the index moved, and its state with it
         return manifest
 
-    def _save_arrow(self, stem: str, schema: Any, batches: Iterable[Any]) -> FileRef:  # noqa: ANN401 pyarrow
+    def _save_arrow(self, stem: str, batches: Iterable[Any], empty: Any) -> FileRef:  # noqa: ANN401 pyarrow
+        """Write record batches; `empty` has their schema where there are none."""
         import pyarrow as pa
+
+        batches = iter(batches)
+        first = next(batches, empty)
 
         temporary = self.folder / f"{stem}.tmp"
         rows = 0
         with disk_errors(self.folder), open(temporary, "wb") as file:
             sink = HashingFile(file)
-            with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as writer:
-                for batch in batches:
+            with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), first.schema) as writer:
+                for batch in chain([first], batches):
                     writer.write_batch(batch)
                     rows += batch.num_rows
             file.flush()
@@ -320,14 +338,10 @@ class Journal:
                 file.unlink()
 
 
-def beside(uri: str) -> Path:
-    """Return the folder beside an index file that holds its state, unless told otherwise."""
-    file = _file_of(uri)
-    return file.with_name(file.name + ".simskip")
-
-
-def _file_of(uri: str) -> Path:
-    return Path(uri.partition(":")[2] or uri)
+def _still_there(uri: str) -> bool:
+    """Tell whether an index that was moved could be at its old address; a server always could."""
+    place = (uri.partition(":")[2] or uri).partition("?")[0]
+    return place.startswith("//") or Path(place).exists()
 
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:

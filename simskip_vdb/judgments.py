@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from simskip_vdb.datatypes import Vectors
+import numpy as np
+
+from simskip_vdb.datatypes import Ids, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.parsing import (
     Qrels,
@@ -78,6 +81,8 @@ class Judgments:
         test: Queries given for test.
         doc_ids: External document id of each row; None where judgments name index ids.
         labels: Label of each row; None without groups.
+        doc_id_field: Payload field that holds the document ids; None where `doc_ids` has them.
+        group_field: Payload field that holds the labels; None where `labels` has them.
     """
 
     queries: QuerySet | None = None
@@ -85,17 +90,64 @@ class Judgments:
     test: QuerySet | None = None
     doc_ids: RowColumn | None = None
     labels: RowColumn | None = None
+    doc_id_field: str | None = None
+    group_field: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Payload fields that must be read with the rows."""
+        return tuple(dict.fromkeys(filter(None, (self.doc_id_field, self.group_field))))
+
+    def with_columns(self, columns: Mapping[str, Sequence[Any]], row_ids: Ids) -> Judgments:
+        """Return these judgments with what the payload fields held.
+
+        Args:
+            columns: Values by field, each of length n; None where a row has none.
+            row_ids: Shape (n,).
+
+        Raises:
+            DataError: A value is neither text nor a number.
+        """
+        doc_ids, labels = self.doc_ids, self.labels
+        if self.doc_id_field is not None:
+            doc_ids = _column(self.doc_id_field, columns[self.doc_id_field], row_ids)
+        if self.group_field is not None:
+            labels = _column(self.group_field, columns[self.group_field], row_ids)
+        return replace(self, doc_ids=doc_ids, labels=labels)
 
 
-def read_judgments(files: JudgmentFiles) -> Judgments:
+def _column(field: str, values: Sequence[Any], row_ids: Ids) -> RowColumn:
+    source = f"payload field '{field}'"
+    given = np.array([value is not None for value in values], np.bool_)
+    odd = set(map(type, values)) - {str, int, float, bool, type(None)}
+    if odd:
+        row = next(i for i, value in enumerate(values) if type(value) in odd)
+        raise DataError(
+            f"{source} of row {id_names(row_ids[row : row + 1])[0]} is {values[row]!r}; it must be "
+            "one text or number"
+        )
+    if not given.any():
+        raise DataError(f"{source}: no row has it; name a field that rows have")
+    names = [str(value) for value in values if value is not None]
+    return RowColumn(source=source, values=names, row_ids=row_ids[given])
+
+
+def read_judgments(
+    files: JudgmentFiles, *, doc_id_field: str | None = None, group_field: str | None = None
+) -> Judgments:
     """Read what the files hold and check it as far as it can be without the index.
+
+    Args:
+        files: The files.
+        doc_id_field: Payload field that holds each row's document id.
+        group_field: Payload field that holds each row's group.
 
     Raises:
         ConfigError: A file is missing, or options do not belong together.
         DataError: A file's content breaks one of the `RULES`.
         MissingDependencyError: A parquet file was given and pyarrow is not installed.
     """
-    _check_combination(files)
+    _check_combination(files, doc_id_field, group_field)
     doc_ids, labels = _path(files, "doc_ids"), _path(files, "labels")
     return Judgments(
         queries=_read_set(files, ""),
@@ -103,19 +155,32 @@ def read_judgments(files: JudgmentFiles) -> Judgments:
         test=_read_set(files, "test_"),
         doc_ids=None if doc_ids is None else read_row_column(doc_ids),
         labels=None if labels is None else read_row_column(labels),
+        doc_id_field=doc_id_field,
+        group_field=group_field,
     )
 
 
-def _check_combination(files: JudgmentFiles) -> None:
+def _check_combination(
+    files: JudgmentFiles, doc_id_field: str | None, group_field: str | None
+) -> None:
+    grouped = files.labels is not None or group_field is not None
     for prefix in ("", "dev_", "test_"):
-        _check_set(files, prefix)
+        _check_set(files, prefix, grouped)
     if files.queries is not None and files.qrels is None:
         raise ConfigError("--queries needs --qrels, the judgments of those queries")
-    if files.doc_ids is not None and not any((files.qrels, files.dev_qrels, files.test_qrels)):
-        raise ConfigError("--doc-ids has no effect without judgments; give --qrels or leave it out")
+    judged = any((files.qrels, files.dev_qrels, files.test_qrels))
+    for name, given in (("doc_ids", files.doc_ids), ("doc_id_field", doc_id_field)):
+        if given is not None and not judged:
+            raise ConfigError(
+                f"{_option(name)} has no effect without judgments; give --qrels or leave it out"
+            )
+    if files.doc_ids is not None and doc_id_field is not None:
+        raise ConfigError("--doc-ids and --doc-id-field say the same; give one of them")
+    if files.labels is not None and group_field is not None:
+        raise ConfigError("--labels and --group-field say the same; give one of them")
 
 
-def _check_set(files: JudgmentFiles, prefix: str) -> None:
+def _check_set(files: JudgmentFiles, prefix: str, grouped: bool) -> None:
     path, ids = _path(files, f"{prefix}queries"), _path(files, f"{prefix}query_ids")
     qrels = _path(files, f"{prefix}qrels")
     labels = _path(files, f"{prefix}labels") if prefix else None
@@ -138,8 +203,10 @@ def _check_set(files: JudgmentFiles, prefix: str) -> None:
         raise ConfigError(
             f"{queries} needs either {_option(prefix + 'qrels')} or {_option(prefix + 'labels')}"
         )
-    if labels is not None and files.labels is None:
-        raise ConfigError(f"{_option(prefix + 'labels')} needs --labels, the labels of the rows")
+    if labels is not None and not grouped:
+        raise ConfigError(
+            f"{_option(prefix + 'labels')} needs --labels or --group-field, the labels of the rows"
+        )
 
 
 def _read_set(files: JudgmentFiles, prefix: str) -> QuerySet | None:

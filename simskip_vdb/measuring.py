@@ -205,7 +205,7 @@ class ThroughIndex:
             return space.current_blocks(), space.current_rows
         if as_is or not (space.info.exact or space.info.lossy):
             # Originals were read from codes, so codes are what is compared before and after.
-            return space.blocks_of(store), lambda places: store.fetch(ids[places])
+            return space.blocks_of(store), lambda places: space.rows_of(store, places)
         return (
             space.refined_blocks(refiner, late),
             lambda at: refiner.refine_rows(space.rows.take(at), ids[at], late[at]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +17,48 @@ LOSSY_ERROR = 0.05  # relative L2 error that a lossy code (SQ8 about .008) may h
 
 Refine = Callable[[int, Vectors], Vectors]
 """Refines a block of originals: (position of its first row, vectors (b, d)) → (b, d)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What a write did.
+
+    Attributes:
+        rows: Rows whose vector changed.
+        skipped: Rows left as they were.
+        mode: ``in-place``, ``new-vector``, ``new-collection``, ``copy`` or ``none``.
+        theirs: Rows of the skipped ones that the application changed meanwhile.
+        gone: Rows that the application removed meanwhile.
+    """
+
+    rows: int
+    skipped: int
+    mode: str
+    theirs: int = 0
+    gone: int = 0
+
+    @classmethod
+    def none(cls) -> Written:
+        """Return the outcome of not writing."""
+        return cls(rows=0, skipped=0, mode="none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack:
+    """What a rollback did.
+
+    Attributes:
+        exact: True where everything is as it was before the first write: the very file, or every
+            row with its vector.
+        restored: Rows that have their original vector again.
+        kept: Rows that the application wrote since, left as they are.
+        fingerprint: SHA-256 of the index file now, or `fingerprint_of` its rows.
+    """
+
+    exact: bool
+    restored: int
+    kept: int
+    fingerprint: str
 
 
 class Outgoing:
@@ -81,10 +124,14 @@ class Outgoing:
         return read
 
     def _expected(self, places: Positions) -> Vectors:
-        # A block is refined as a whole, since `refine` goes by position of contiguous rows.
-        out = np.empty((len(places), self._rows.dim), np.float32)
-        for start, block in self._rows.blocks():
-            here = (places >= start) & (places < start + len(block))
-            if here.any():
-                out[here] = self._refine(start, block)[places[here] - start]
-        return out
+        return refined_at(self._rows, self._refine, places)
+
+
+def refined_at(rows: Rows, refine: Refine, places: Positions) -> Vectors:
+    """Return the refined vectors of the rows at these positions, shape (len(places), d)."""
+    # A block is refined as a whole, since `refine` goes by position of contiguous rows.
+    out = np.empty((len(places), rows.dim), np.float32)
+    for start, block in rows.blocks(places):
+        here = (places >= start) & (places < start + len(block))
+        out[here] = refine(start, block)[places[here] - start]
+    return out

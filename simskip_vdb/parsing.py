@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Vectors
+from simskip_vdb.datatypes import ID_TEXT, Ids, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
 
 HIGHEST_GRADE = 1000
@@ -38,6 +39,9 @@ class Qrels:
     grades: NDArray[np.int32]
 
 
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowColumn:
     """One value for each row of the index: its document id or its label.
@@ -51,7 +55,7 @@ class RowColumn:
 
     source: str
     values: list[str]
-    row_ids: NDArray[np.int64] | None = None
+    row_ids: Ids | None = None
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -112,11 +116,12 @@ def read_row_column(path: Path) -> RowColumn:
         return RowColumn(source=str(path), values=values)
     pairs = [line.split("\t") for line in values]
     _check_widths(path, pairs, 0, 2, "index_id<TAB>value")
-    ids = _integers(path, [pair[0] for pair in pairs], 0, "index id", np.int64)
+    ids = _index_ids(path, [pair[0].strip() for pair in pairs])
     unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
     if len(unique) < len(ids):
         twice = int(np.flatnonzero(counts > 1)[0])
-        _malformed(path, int(first[twice]), f"index id {unique[twice]} occurs more than once")
+        again = id_names(unique[twice : twice + 1])[0]
+        _malformed(path, int(first[twice]), f"index id {again} occurs more than once")
     return RowColumn(source=str(path), values=[pair[1].strip() for pair in pairs], row_ids=ids)
 
 
@@ -203,6 +208,15 @@ def _integers(
     except (ValueError, OverflowError):
         bad = next(i for i, text in enumerate(texts) if not _fits(text, dtype))
         _malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
+
+
+def _index_ids(path: Path, texts: Sequence[str]) -> Ids:
+    """Return index ids as integers; as text where there are UUIDs or numbers above 2⁶³."""
+    if any(
+        _UUID.fullmatch(text) or (text.isdigit() and 2**63 <= int(text) < 2**64) for text in texts
+    ):
+        return np.array(texts, ID_TEXT)
+    return _integers(path, texts, 0, "index id", np.int64)
 
 
 def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:

@@ -13,19 +13,20 @@ from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.fitting import describe, fit_or_recall, validated
 from simskip_vdb.gate import Decision, decide
-from simskip_vdb.journal import Journal, Write, beside
+from simskip_vdb.journal import Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.measuring import Measured, RefusedError, ThroughIndex, measure
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.reindex import Written, fingerprint, recover, write, write_copy
+from simskip_vdb.reindex import Written, abandon, fingerprint, recover, write, write_copy
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import Report, undo_command
 from simskip_vdb.reporting import build_report, forecast, summarise, written_part
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.workspace import (
     Settings,
     Workspace,
+    check_marker,
     forget_elsewhere,
     open_workspace,
     point_elsewhere,
@@ -86,6 +87,11 @@ def evaluate(
     """
     settings = settings or Settings()
     with open_workspace(store, judgments, settings, progress) as space:
+        if _interrupted(space) is not None:
+            raise ConfigError(
+                f"{store.info().uri} holds a refinement that was interrupted; finish it by the "
+                f"same refine command, or undo it: {undo_command(store.info().uri)}"
+            )
         written, folder = space.current, settings.refiner
         if folder is None and written is not None:
             folder = space.journal.refiners / written.refiner
@@ -136,6 +142,10 @@ def refine(
             report = build_report(space, "refine", refiner, settings.refiner, measured)
             return replace(report, forecast=forecast(space, refiner))
         folder = _save(refiner, space)
+        if _interrupted(space) is not None:
+            resumed = _finish(space, refiner, folder, progress)
+            if resumed is not None:
+                return resumed
         if space.current is not None and space.current.refiner == refiner.id and _unchanged(space):
             report = build_report(space, "refine", refiner, folder, None)
             note = "the index holds exactly this refinement already; nothing to do"
@@ -147,6 +157,25 @@ def refine(
         decision = decide(evidence, accept_unmeasured=settings.accept_unmeasured)
         report = build_report(space, "refine", refiner, folder, measured, decision)
         return _reindex(space, refiner, report, progress) if decision.passed else report
+
+
+def _interrupted(space: Workspace) -> Write | None:
+    """Return a refinement that was announced and not finished."""
+    return space.journal.manifest.pending
+
+
+def _finish(space: Workspace, refiner: Refiner, folder: Path, progress: Progress) -> Report | None:
+    """Finish an interrupted write; undo it, and return None, where it would now be another one."""
+    pending = _interrupted(space)
+    assert pending is not None
+    if pending.refiner != refiner.id:
+        space.found = abandon(space.store, space.found, space.journal, progress)
+        return None
+    decision = Decision(passed=True, look=pending.summary.get("look"))
+    report = build_report(space, "refine", refiner, folder, None, decision)
+    report = _reindex(space, refiner, report, progress, resumed=pending)
+    note = "this finished a write that was interrupted; its evidence was taken before it began"
+    return replace(report, notes=(*report.notes, note))
 
 
 def rollback(
@@ -170,6 +199,7 @@ def rollback(
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{store.info().uri} was never refined: there is no {folder}")
     with Journal(folder, store.info()) as journal:
+        check_marker(store, journal)
         recover(store, journal)
         done = roll_back(store, journal, progress)
         forget_elsewhere(store)
@@ -216,14 +246,25 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progress) -> Report:
+def _reindex(
+    space: Workspace,
+    refiner: Refiner,
+    report: Report,
+    progress: Progress,
+    *,
+    resumed: Write | None = None,
+) -> Report:
     """Write, verify, and let the candidate's ann_recall have the last word."""
     assert report.gate is not None
     output = space.settings.output
-    summary = summarise(space, refiner, report)
     through = ThroughIndex(space, refiner, Split.TEST)
-    with space.timed("evaluate"):
-        through.look("before", space.store, None)
+    if resumed is None:
+        with space.timed("evaluate"):
+            through.look("before", space.store, None)
+        summary = {**summarise(space, refiner, report), "ann_recall": through.ann["before"]}
+    else:
+        through.ann["before"] = resumed.summary["ann_recall"]
+        summary = dict(resumed.summary)
 
     def refined(start: int, block: Vectors) -> Vectors:
         return space.refined(refiner, start, block, space.late_when_written)
@@ -243,7 +284,7 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
             if output is None:
                 written = write(
                     space.store,
-                    space.rows,
+                    space.found,
                     refined,
                     journal=space.journal,
                     refiner=refiner,
@@ -254,7 +295,7 @@ def _reindex(space: Workspace, refiner: Refiner, report: Report, progress: Progr
             else:
                 written = write_copy(
                     space.store,
-                    space.rows,
+                    space.found,
                     refined,
                     output=output,
                     accept=accept_copy,
@@ -280,8 +321,8 @@ def _mark_copy(
     summary: Mapping[str, Any],
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
-    info = replace(candidate.info(), uri=f"faiss:{output}")
-    with Journal(beside(info.uri), info) as journal:
+    state = output.with_name(output.name + ".simskip")
+    with Journal(state, replace(candidate.info(), uri=f"faiss:{output}", state=state)) as journal:
         if journal.manifest.current is not None and journal.manifest.copy_of is None:
             raise JournalError(
                 f"{journal.folder} is the state of a refined index that was moved away; name "
@@ -359,7 +400,11 @@ def _check_output(settings: Settings, side: Side | None) -> None:
 
 
 def _unchanged(space: Workspace) -> bool:
-    return space.current is not None and fingerprint(space.store) == space.current.fingerprint
+    if space.current is None or space.current.written is None:
+        return False
+    if isinstance(space.store, FileBacked):
+        return fingerprint(space.store) == space.current.fingerprint
+    return space.found.theirs == 0 and len(space.rows) == space.current.written.rows
 
 
 def _no_gain(refiner: Refiner, space: Workspace) -> str:

@@ -11,13 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, JudgedQueries, Positions, Vectors
+from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors, id_names
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
 from simskip_vdb.parsing import Qrels, RowColumn
 from simskip_vdb.splits import MOST_GROUP_JUDGMENTS
-
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +52,9 @@ class Notes:
         """Note the names where `skipped` (shape (len(names),)) is true, if there are any."""
         places = np.flatnonzero(skipped).tolist()
         if places:
-            examples = tuple(dict.fromkeys(str(names[i]) for i in places))[:3]
+            chosen = [names[i] for i in places]
+            shown = id_names(np.array(chosen)) if isinstance(names, np.ndarray) else chosen
+            examples = tuple(dict.fromkeys(shown))[:3]
             self.all.append(Note(source=source, what=what, count=len(places), examples=examples))
 
 
@@ -231,8 +231,7 @@ def _groups(column: RowColumn, codes: Mapping[str, int], ids: Ids, notes: Notes)
 
 def _documents(column: RowColumn | None, ids: Ids, notes: Notes) -> dict[str, int]:
     if column is None:
-        names = list(map(str, ids.tolist()))
-        column = RowColumn(source="the index", values=names, row_ids=ids)
+        column = RowColumn(source="the index", values=id_names(ids), row_ids=ids)
     positions = _positions(column, ids, notes)
     documents = dict(zip(column.values, positions.tolist(), strict=True))
     if len(documents) < len(positions):
@@ -253,21 +252,43 @@ def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
             "and labels need ids that tell rows apart"
         )
     if column.row_ids is not None:
-        place = np.minimum(np.searchsorted(ordered, column.row_ids), len(ids) - 1)
-        known = ordered[place] == column.row_ids
-        notes.add(column.source, "index ids that no row has", column.row_ids, ~known)
+        wanted = _as_ids(column, ids.dtype)
+        place = np.minimum(np.searchsorted(ordered, wanted), len(ids) - 1)
+        known = ordered[place] == wanted
+        notes.add(column.source, "index ids that no row has", wanted, ~known)
         return np.where(known, order[place], -1)
     if len(column.values) != len(ids):
         raise DataError(
             f"{column.source} has {len(column.values)} values for {len(ids)} rows; give one a "
             "row, or lines index_id<TAB>value"
         )
-    if not np.array_equal(ordered, np.arange(len(ids))):
+    numbers = _numbers(ids)
+    order = np.argsort(numbers, kind="stable")
+    if not np.array_equal(numbers[order], np.arange(len(ids))):
         raise DataError(
             f"{column.source} gives values in order, but index ids are not exactly 0 to "
             f"{len(ids) - 1}; give lines index_id<TAB>value"
         )
     return order
+
+
+def _as_ids(column: RowColumn, dtype: np.dtype[Any]) -> Ids:
+    """Return the ids that values belong to as the index has them: numbers, or text."""
+    assert column.row_ids is not None
+    if dtype.kind == "S" or column.row_ids.dtype.kind != "S":
+        return column.row_ids.astype(dtype)
+    raise DataError(
+        f"{column.source} names {id_names(column.row_ids[:1])[0]!r} as an index id, but this index "
+        "has integers"
+    )
+
+
+def _numbers(ids: Ids) -> NDArray[np.float64]:
+    """Return ids as numbers, -1 where they are other text."""
+    if ids.dtype.kind != "S":
+        return ids.astype(np.float64)
+    numeric = np.char.isdigit(ids)
+    return np.where(numeric, np.where(numeric, ids, b"0").astype(np.float64), -1)
 
 
 def _first_repeated(values: Iterable[object]) -> object:

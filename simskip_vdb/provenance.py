@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, Positions, VectorBatch, Vectors
+from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, row_digests
-from simskip_vdb.store import TakesOriginals, VectorStore
+from simskip_vdb.store import FileBacked, TakesOriginals, VectorStore
 
 SCAN_ROWS = 8192
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
@@ -65,13 +64,13 @@ class Resemblance:
 class TrueRows:
     """A store's rows as the application gave them: ours undone, and codes not taken for vectors."""
 
-    def __init__(self, store: VectorStore, ours: OurRows | None) -> None:
+    def __init__(self, store: VectorStore, ours: OurRows | LiveRows | None) -> None:
         self._store = store
         self._ours = ours
         self._lossy = store.info().lossy
         self._resemblance = Resemblance()
 
-    def of(self, batch: VectorBatch) -> tuple[Vectors, NDArray[np.bool_]]:
+    def of(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
         """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,).
 
         Raises:
@@ -108,6 +107,84 @@ class TrueRows:
         return exact
 
 
+def our_rows(journal: Journal, store: VectorStore) -> OurRows | LiveRows | None:
+    """Return what tells our rows from the application's; None where nothing of ours is there."""
+    current = journal.manifest.current
+    if not isinstance(store, FileBacked):
+        live = LiveRows(journal, store)
+        return live if live else None
+    return None if current is None else OurRows(journal, current, store)
+
+
+class LiveRows:
+    """Tells our rows from the application's where rows are written one by one.
+
+    A row is ours where it holds what a write of ours left there, or where it holds what the
+    refiner makes of its original: a write that was interrupted may have left it there.
+    """
+
+    def __init__(self, journal: Journal, store: VectorStore) -> None:
+        writes = (journal.manifest.pending, journal.manifest.current)
+        rounding = store.info().rounding
+        self._writes = [
+            _LiveWrite(journal, write, rounding)
+            for write in writes
+            if write is not None and write.refiner
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._writes)
+
+    def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
+        """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,)."""
+        vectors = batch.vectors.copy()
+        ours = np.zeros(len(batch), np.bool_)
+        for write in self._writes:
+            found, mine = write.originals(batch)
+            vectors[mine & ~ours] = found[mine & ~ours]
+            ours |= mine
+        return vectors, ours
+
+
+class _LiveWrite:
+    """The rows of one write, finished or not."""
+
+    def __init__(self, journal: Journal, write: Write, rounding: float) -> None:
+        self._rows = journal.open_originals(write)
+        self._place = Lookup(self._rows.ids)
+        self._refiner = Refiner.load(journal.refiners / write.refiner)
+        self._rounding = rounding
+        self._digests: Digests = np.zeros(len(self._rows), np.uint64)
+        if write.written is not None:
+            ids, digests = journal.open_written(write.written)
+            places = self._place.find(ids)
+            self._digests[places[places >= 0]] = digests[places >= 0]
+
+    def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
+        places = self._place.find(batch.ids)
+        known = np.flatnonzero(places >= 0)
+        originals = batch.vectors.copy()
+        originals[known] = self._rows.take(places[known])
+        mine = np.zeros(len(batch), np.bool_)
+        mine[known] = row_digests(batch.vectors[known]) == self._digests[places[known]]
+        doubtful = known[~mine[known]]
+        mine[doubtful] = self._refined(batch, originals, doubtful)
+        return originals, mine
+
+    def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
+        # Rows that acted as test queries were written as rows that arrive late are.
+        found = np.zeros(len(rows), np.bool_)
+        if not len(rows):
+            return found
+        for late in (False, True):
+            refined = self._refiner.refine_rows(
+                originals[rows], batch.ids[rows], np.full(len(rows), late)
+            )
+            moved = ~near(refined, originals[rows], self._rounding)
+            found |= moved & near(batch.vectors[rows], refined, self._rounding)
+        return found
+
+
 class OurRows:
     """Tells rows that we wrote from rows that the application wrote since.
 
@@ -127,15 +204,7 @@ class OurRows:
         self._by_vector = store.info().positional and self._shifted(store)
         self._refiner = Refiner.load(journal.refiners / write.refiner)
 
-    @classmethod
-    def of(cls, journal: Journal, store: VectorStore) -> OurRows | None:
-        """Return None where nothing of ours is in the index."""
-        current = journal.manifest.current
-        if current is None:
-            return None
-        return cls(journal, current, store)
-
-    def originals(self, batch: VectorBatch) -> tuple[Vectors, NDArray[np.bool_]]:
+    def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
         """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,)."""
         digests = row_digests(batch.vectors)
         if self._by_vector:
@@ -173,7 +242,7 @@ class OurRows:
             start += len(batch)
         return False
 
-    def _rounded(self, vectors: Vectors, ids: Ids) -> NDArray[np.bool_]:
+    def _rounded(self, vectors: Vectors, ids: Ids) -> Mask:
         originals = self._rows.take(self._places(ids))
         refined = self._refiner.refine_rows(originals, ids)
         return near(vectors, refined, SAME) & ~near(originals, refined, 4 * SAME)
@@ -208,7 +277,7 @@ def _ramps(sizes: Positions) -> Positions:
     return np.asarray(np.arange(sizes.sum()) - np.repeat(starts, sizes))
 
 
-def near(a: Vectors, b: Vectors, tolerance: float) -> NDArray[np.bool_]:
+def near(a: Vectors, b: Vectors, tolerance: float) -> Mask:
     """Tell rows within a relative L2 distance; rows that are not finite count as near."""
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.linalg.norm(a - b, axis=1)

@@ -64,7 +64,7 @@ class Refiner:
         alpha: Weight of f, at least 0.
         beta: Weight of the offsets, at least 0.
         layers: The three linear layers of f, BatchNorm folded in; empty where f is not used.
-        offset_ids: Shape (m,), ascending; integers or strings.
+        offset_ids: Shape (m,), ascending; integers or text.
         offsets: Shape (m, d), float32.
         late: What happens to rows that arrived after the fit.
         fitted_on: Digests (`rows.row_digests`) of the query vectors and rows that it learnt from,
@@ -319,8 +319,8 @@ def _check_layers(layers: tuple[Layer, ...], dim: int) -> None:
 
 
 def _check_offsets(ids: Ids, offsets: Vectors, dim: int) -> None:
-    if ids.ndim != 1 or ids.dtype.kind not in "iuU":
-        raise DataError(f"offset ids are {ids.dtype}, not integers or strings")
+    if ids.ndim != 1 or ids.dtype.kind not in "iuS":
+        raise DataError(f"offset ids are {ids.dtype}, not integers or text")
     if offsets.shape != (len(ids), dim) or offsets.dtype != np.float32:
         raise DataError(f"offsets of shape {offsets.shape} for {len(ids)} ids of dimension {dim}")
     if not np.isfinite(offsets).all():
@@ -340,17 +340,16 @@ def _digest(refiner: Refiner) -> str:
 
 
 def _ids_to_numbers(ids: Ids) -> NDArray[Any]:
-    """Return ids as safetensors can hold them: strings become their code points."""
-    if ids.dtype.kind != "U":
+    """Return ids as safetensors can hold them: text becomes its bytes."""
+    if ids.dtype.kind != "S":
         return np.ascontiguousarray(ids)
-    width = ids.dtype.itemsize // 4
-    return np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), width)
+    return np.ascontiguousarray(ids).view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
 
 
 def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> Refiner:
     ids = tensors["offset_ids"]
     dtype = np.dtype(settings["offset_ids"])
-    if dtype.kind == "U":
+    if dtype.kind == "S":
         ids = np.ascontiguousarray(ids).view(dtype).reshape(len(ids))
     elif dtype != ids.dtype:
         raise TypeError(f"offset ids are {ids.dtype}, not {dtype}")

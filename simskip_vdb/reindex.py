@@ -2,87 +2,51 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from simskip_vdb import row_by_row, whole_file
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
-from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreError
-from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.outgoing import Outgoing, Refine
-from simskip_vdb.provenance import SCAN_ROWS, OurRows, TrueRows
+from simskip_vdb.errors import ConfigError, DataError, StoreError
+from simskip_vdb.journal import Journal
+from simskip_vdb.outgoing import Refine, RolledBack, Written
+from simskip_vdb.provenance import SCAN_ROWS, TrueRows, our_rows
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.rows import Digests, Rows, row_digests
-from simskip_vdb.store import Check, FileBacked, VectorStore
+from simskip_vdb.row_by_row import Snapshot
+from simskip_vdb.rows import row_digests
+from simskip_vdb.store import Check, FileBacked, RowWritable, VectorStore
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """What a write did.
-
-    Attributes:
-        rows: Rows whose vector changed.
-        skipped: Rows left as they were.
-        mode: ``in-place``, ``copy`` or ``none``.
-    """
-
-    rows: int
-    skipped: int
-    mode: str
-
-    @classmethod
-    def none(cls) -> Written:
-        """Return the outcome of not writing."""
-        return cls(rows=0, skipped=0, mode="none")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolledBack:
-    """What a rollback did.
-
-    Attributes:
-        exact: True where the very file from before the first write is back.
-        restored: Rows that have their original vector again.
-        kept: Rows that the application wrote since, left as they are.
-        fingerprint: SHA-256 of the index file now.
-    """
-
-    exact: bool
-    restored: int
-    kept: int
-    fingerprint: str
+__all__ = [
+    "RolledBack",
+    "Snapshot",
+    "Written",
+    "abandon",
+    "fingerprint",
+    "recover",
+    "rollback",
+    "snapshot",
+    "write",
+    "write_copy",
+]
 
 
 def recover(store: VectorStore, journal: Journal) -> None:
-    """Decide, by looking at the index, whether a write that was announced happened.
+    """Find out what became of a write that was announced.
+
+    A file holds all of it or nothing. Where rows are written one by one, a refinement stays
+    announced: it is finished by `write`, or undone by `rollback`.
 
     Args:
         store: The index.
         journal: Its state, locked.
     """
-    pending = journal.manifest.pending
-    if pending is None:
-        return
-    now = fingerprint(store)
-    if now in (pending.fingerprint, pending.before):
-        happened = now == pending.fingerprint
-    else:  # the application wrote since: see whose rows are there
-        after = _digests_of(journal, pending)
-        before = _digests_of(journal, journal.manifest.current or replace(pending, refiner=""))
-        happened = _count_rows(store, after) > _count_rows(store, before)
-    log.warning(
-        "a run was interrupted while writing %s: %s",
-        store.info().uri,
-        "the new file was in place" if happened else "the file had not been touched",
-    )
-    journal.settle(happened=happened)
+    if isinstance(store, FileBacked):
+        whole_file.recover(store, journal)
+    else:
+        row_by_row.recover(journal)
 
 
 def snapshot(
@@ -91,8 +55,9 @@ def snapshot(
     progress: Progress = silent,
     *,
     past: Journal | None = None,
-) -> Rows:
-    """Save every row's original, in scan order, and return them.
+    fields: Sequence[str] = (),
+) -> Snapshot:
+    """Save every row's original, in scan order.
 
     A row that we wrote and nobody changed since has its original in the state already; any other
     row is the application's, and its present vector is its original.
@@ -100,21 +65,32 @@ def snapshot(
     Args:
         store: The index.
         journal: Receives the originals; locked.
-        past: The index's state, where `journal` is another one.
         progress: Called with rows done and rows in all.
+        past: The index's state, where `journal` is another one.
+        fields: Payload columns to bring along.
 
     Raises:
+        ConfigError: The store has no such columns.
         DataError: Two rows have the same id, or the given originals are of other rows.
         UnsupportedIndexError: The index holds lossy codes, and nobody gave the exact vectors.
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
     total = store.info().count
-    true = TrueRows(store, OurRows.of(past or journal, store))
+    true = TrueRows(store, our_rows(past or journal, store))
+    digests = [np.empty(0, np.uint64)]
+    columns: dict[str, list[Any]] = {name: [] for name in fields}
+    theirs = 0
 
     def originals() -> Iterator[VectorBatch]:
+        nonlocal theirs
         done = 0
-        for batch in store.scan(SCAN_ROWS):
-            yield VectorBatch(ids=batch.ids, vectors=true.of(batch)[0])
+        for batch in store.scan(SCAN_ROWS, fields=fields):
+            vectors, mine = true.of(batch)
+            yield VectorBatch(ids=batch.ids, vectors=vectors)
+            digests.append(row_digests(batch.vectors))
+            for name, column in columns.items():
+                column.extend(batch.fields[name])
+            theirs += int((~mine).sum())
             done += len(batch)
             progress("read", done, total)
         true.check()
@@ -127,12 +103,12 @@ def snapshot(
             f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
             "could not be restored by its id. Give every row an id of its own and rebuild the index"
         )
-    return rows
+    return Snapshot(rows, np.concatenate(digests), theirs, columns)
 
 
 def write(
     store: VectorStore,
-    rows: Rows,
+    found: Snapshot,
     refine: Refine,
     *,
     journal: Journal,
@@ -144,58 +120,35 @@ def write(
     """Write refined vectors in place: announced, verified, and undoable.
 
     Args:
-        store: The index, which must be one file.
-        rows: Originals as `snapshot` returned them.
+        store: The index.
+        found: Originals as `snapshot` returned them.
         refine: Refines a block of originals.
         journal: The state, locked.
         refiner: What is written, for the record.
-        accept: Sees the candidate before the swap, and raises to refuse it.
+        accept: Sees the candidate file before the swap, or the index after writing its rows, and
+            raises to refuse it.
         summary: What `status` shows of this write.
         progress: Called with rows done and rows in all.
 
     Raises:
-        VerificationError: The candidate does not hold what was written; nothing was swapped.
-        StoreError: Writing failed, or the file changed meanwhile; nothing was swapped.
+        VerificationError: The candidate does not hold what was written; the index is as it was.
+        StoreError: Writing failed; the index is as it was, or the same command resumes.
     """
-    target = _file(store)
-    before = target.sha256()
-    current = journal.manifest.current
-    if current is None:
-        kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
-    else:
-        kept = current.kept if before == current.fingerprint else None
-    outgoing = Outgoing(rows, refine, progress)
-
-    def check(candidate: VectorStore) -> None:
-        digests = outgoing.verify(candidate)
-        accept(candidate)
-        journal.announce(
-            Write(
-                refiner=refiner.id,
-                before=before,
-                fingerprint=fingerprint(candidate),
-                originals=journal.scanned,
-                written=journal.save_written(rows.ids, digests),
-                kept=kept,
-                time=time.time(),
-                summary=summary,
-            )
-        )
-
-    keep = journal.folder / kept.name if current is None and kept is not None else None
-    try:
-        target.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
-    except Exception:
-        if fingerprint(store) == before:
-            journal.settle(happened=False)
-        raise
-    journal.settle(happened=True)
-    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="in-place")
+    kwargs: dict[str, Any] = {
+        "journal": journal,
+        "refiner": refiner,
+        "accept": accept,
+        "summary": summary,
+        "progress": progress,
+    }
+    if isinstance(store, FileBacked):
+        return whole_file.write(store, found.rows, refine, **kwargs)
+    return row_by_row.write(_by_rows(store), found, refine, **kwargs)
 
 
 def write_copy(
     store: VectorStore,
-    rows: Rows,
+    found: Snapshot,
     refine: Refine,
     *,
     output: Path,
@@ -205,25 +158,19 @@ def write_copy(
     """Write a refined copy of the index to `output` and leave the index alone.
 
     Raises:
+        ConfigError: The index is no file.
         StoreError: `output` exists, or writing failed.
         VerificationError: The copy does not hold what was written; it is removed.
     """
-    outgoing = Outgoing(rows, refine, progress)
-
-    def check(candidate: VectorStore) -> None:
-        outgoing.verify(candidate)
-        accept(candidate)
-
-    _file(store).write_copy(outgoing.batches(), check, output=output)
-    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="copy")
+    if not isinstance(store, FileBacked):
+        raise ConfigError(f"{store.info().uri} is no file; --output belongs to files")
+    return whole_file.write_copy(
+        store, found.rows, refine, output=output, accept=accept, progress=progress
+    )
 
 
 def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) -> RolledBack:
     """Restore the originals.
-
-    Where the file is as we left it, the very file from before comes back. Otherwise rows that we
-    wrote get their original vector again, by id, or by vector where ids are positions; rows that
-    the application added or changed since stay as they are.
 
     Args:
         store: The index.
@@ -233,109 +180,40 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
     Raises:
         ConfigError: There is nothing to roll back.
         JournalError: The state is damaged, or it is ambiguous which original belongs where.
+        StoreError: Rows could not be restored.
         UnsupportedIndexError: Rows were added to lossy codes since, and nobody gave their vectors.
     """
-    current = journal.manifest.current
-    if journal.manifest.copy_of is not None:
+    manifest = journal.manifest
+    if manifest.copy_of is not None:
         raise ConfigError(
-            f"{store.info().uri} is a refined copy of {journal.manifest.copy_of}, which was never "
+            f"{store.info().uri} is a refined copy of {manifest.copy_of}, which was never "
             "changed; delete the copy to undo it"
         )
-    if current is None:
+    if manifest.current is None and manifest.pending is None:
         raise ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
-    target = _file(store)
-    now = target.sha256()
-    kept = _kept_file(journal, current) if now == current.fingerprint else None
-    if kept is not None and current.kept is not None:
-        journal.announce(_undoing(current, now, current.kept.sha256))
-        target.put_back(kept, expected=now)
-        restored, left = store.info().count, 0
-    else:
-        restored, left = _restore_rows(store, journal, current, now, progress)
-    journal.settle(happened=True)
-    after = fingerprint(store)
-    exact = current.kept is not None and after == current.kept.sha256
-    return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
+    if isinstance(store, FileBacked):
+        return whole_file.rollback(store, journal, progress)
+    return row_by_row.rollback(_by_rows(store), journal, progress)
 
 
-def _kept_file(journal: Journal, current: Write) -> Path | None:
-    """Return the index file from before the first write; None where the rows must do."""
-    if current.kept is None:
-        return None
-    try:
-        return journal.path(current.kept)
-    except JournalError as error:
-        log.warning("%s. Restoring row by row from the originals instead", error)
-        return None
+def abandon(
+    store: VectorStore, found: Snapshot, journal: Journal, progress: Progress = silent
+) -> Snapshot:
+    """Undo a write that was interrupted and will not be finished; return the index as it is then.
+
+    Raises:
+        StoreError: Rows could not be restored.
+        TransientStoreError: The store kept failing; the same command resumes.
+    """
+    return row_by_row.abandon(_by_rows(store), found, journal, progress)
 
 
 def fingerprint(store: VectorStore) -> str:
-    """Identify what a store holds now: the SHA-256 of its file."""
-    return _file(store).sha256()
+    """Identify what a store holds now: the SHA-256 of its file, or a digest of its rows."""
+    return store.sha256() if isinstance(store, FileBacked) else row_by_row.fingerprint(store)
 
 
-def _file(store: VectorStore) -> FileBacked:
-    if not isinstance(store, FileBacked):
-        raise StoreError(
-            f"{store.info().uri} is not one file, and writing in place is only known for files"
-        )
+def _by_rows(store: VectorStore) -> row_by_row.RowStore:
+    if not isinstance(store, RowWritable):
+        raise StoreError(f"{store.info().uri} can only be read")
     return store
-
-
-def _undoing(current: Write, before: str, after: str) -> Write:
-    return Write(
-        refiner="",
-        before=before,
-        fingerprint=after,
-        originals=current.originals,
-        written=current.written,
-        kept=current.kept,
-        time=time.time(),
-    )
-
-
-def _restore_rows(
-    store: VectorStore, journal: Journal, current: Write, now: str, progress: Progress
-) -> tuple[int, int]:
-    true = TrueRows(store, OurRows(journal, current, store))
-    total = store.info().count
-    counts = np.zeros(2, np.int64)  # restored, left
-
-    def batches() -> Iterator[VectorBatch]:
-        done = 0
-        for batch in store.scan(SCAN_ROWS):
-            vectors, mine = true.of(batch)
-            counts[:] += (mine.sum(), (~mine).sum())
-            yield VectorBatch(ids=batch.ids, vectors=vectors)
-            done += len(batch)
-            progress("restore", done, total)
-        true.check()
-
-    def check(candidate: VectorStore) -> None:
-        journal.announce(_undoing(current, now, fingerprint(candidate)))
-
-    try:
-        _file(store).replace_keeping(batches(), check, keep=None, expected=now)
-    except Exception:
-        if fingerprint(store) == now:
-            journal.settle(happened=False)
-        raise
-    return int(counts[0]), int(counts[1])
-
-
-def _digests_of(journal: Journal, write: Write) -> Digests:
-    """Return the digests of all rows after a write; of the originals where that undid one."""
-    if write.refiner and write.written is not None:
-        return np.sort(journal.open_written(write.written)[1])
-    digests = [row_digests(block) for _, block in journal.open_originals(write).blocks()]
-    return np.sort(np.concatenate(digests))
-
-
-def _count_rows(store: VectorStore, digests: Digests) -> int:
-    """Count the rows of a store whose digest is among these, which are sorted."""
-    count = 0
-    for batch in store.scan(SCAN_ROWS):
-        read = row_digests(batch.vectors)
-        places = np.minimum(np.searchsorted(digests, read), len(digests) - 1)
-        count += int((digests[places] == read).sum())
-    return count

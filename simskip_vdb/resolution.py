@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import JudgedQueries, Positions, Split
+from simskip_vdb.datatypes import JudgedQueries, Positions, Split, id_names
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
 from simskip_vdb.placing import (
@@ -135,7 +135,7 @@ def _hold_out(
 def _rows_as_queries(
     positions: Positions, rows: RowSource, places: Places, left: Places
 ) -> JudgedQueries:
-    ids = tuple(row_name(row_id) for row_id in rows.ids[positions].tolist())
+    ids = tuple(row_name(row_id) for row_id in id_names(rows.ids[positions]))
     codes = np.empty(0, np.int64) if places.groups is None else places.groups[positions]
     return group_queries(ids, rows.take(positions), codes, left)
 

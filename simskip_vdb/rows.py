@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, Positions, Vectors
+from simskip_vdb.datatypes import ID_TEXT, Ids, Positions, Vectors
 from simskip_vdb.errors import JournalError
 
 Digests = NDArray[np.uint64]
@@ -20,7 +21,7 @@ class Rows:
     Blocks are read, not mapped: pages of a map would stay resident and count as memory.
 
     Attributes:
-        ids: Shape (n,), int64.
+        ids: Shape (n,), int64 or text.
         dim: Dimension of a vector.
     """
 
@@ -32,7 +33,7 @@ class Rows:
             source = pa.OSFile(str(path))
             self._reader = pa.ipc.open_file(source)
             only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
-            ids = [only_ids.get_batch(i)["id"].to_numpy() for i in range(self._blocks)]
+            ids = [ids_from_arrow(only_ids.get_batch(i)["id"]) for i in range(self._blocks)]
         except (OSError, pa.ArrowInvalid) as error:
             raise JournalError(f"{path} cannot be read: {error}") from error
         self.dim: int = self._reader.schema.field("vector").type.list_size
@@ -42,9 +43,15 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def blocks(self) -> Iterator[tuple[int, Vectors]]:
-        """Yield (position of the first row, vectors (b, d)) over all rows."""
-        for i in range(self._blocks):
+    def blocks(self, places: Positions | None = None) -> Iterator[tuple[int, Vectors]]:
+        """Yield (position of the first row, vectors (b, d)) over all rows.
+
+        With `places`, only blocks that hold one of these positions.
+        """
+        wanted: Iterable[int] = range(self._blocks)
+        if places is not None:
+            wanted = np.unique(np.searchsorted(self._starts, places, side="right") - 1).tolist()
+        for i in wanted:
             yield int(self._starts[i]), self._block(i)
 
     def take(self, positions: Positions) -> Vectors:
@@ -87,8 +94,33 @@ def row_digests(vectors: Vectors) -> Digests:
     return out
 
 
+def fingerprint_of(ids: Ids, digests: Digests) -> str:
+    """Hash a set of rows, given by ids and digests of their vectors, whatever their order."""
+    mixed = _splitmix(hash_ids(ids, 0) ^ digests)
+    return f"{len(ids)}-{int(mixed.sum(dtype=np.uint64)):016x}"
+
+
+def ids_to_arrow(ids: Ids) -> Any:  # noqa: ANN401 pyarrow
+    """Return row ids as an Arrow array: int64, or strings where ids are text."""
+    import pyarrow as pa
+
+    return pa.array(ids).cast(pa.string()) if ids.dtype.kind == "S" else pa.array(ids, pa.int64())
+
+
+def ids_from_arrow(column: Any) -> Ids:  # noqa: ANN401 pyarrow
+    """Return what `ids_to_arrow` was given."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        return np.asarray(column.to_numpy(zero_copy_only=False)).astype(ID_TEXT)
+    return np.asarray(column.to_numpy())
+
+
 def hash_ids(ids: Ids, seed: int) -> Digests:
     """Hash row ids to numbers spread evenly over 64 bits, shape (n,), the same in every run."""
+    if ids.dtype.kind == "S":
+        text = np.ascontiguousarray(ids.astype(ID_TEXT)).view(np.uint32)
+        ids = row_digests(text.reshape(len(ids), -1).view(np.float32)).view(np.int64)
     mixed = ids.astype(np.int64).view(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     return _splitmix(mixed)
 

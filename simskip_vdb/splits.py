@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, Positions, Split, Vectors
+from simskip_vdb.datatypes import Ids, Positions, Split, Vectors, id_names
 from simskip_vdb.errors import MissingDependencyError
 
 NEAR_IDENTICAL = 0.999
@@ -136,7 +136,7 @@ def hold_out(
     Returns:
         Positions by split, ascending.
     """
-    names = [row_name(row_id) for row_id in row_ids.tolist()]
+    names = [row_name(row_id) for row_id in id_names(row_ids)]
     drawn = unit_hash(names, seed)
     before = {i: assigned[name] for i, name in enumerate(names) if name in assigned}
     fresh = np.ones(len(names), np.bool_)

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings
-from simskip_vdb.datatypes import Neighbors, Positions, Progress, Split, Vectors
+from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
 from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
@@ -28,17 +27,16 @@ from simskip_vdb.evaluation import (
     parse_measures,
     score,
 )
-from simskip_vdb.journal import Journal, Write, beside
+from simskip_vdb.journal import Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.reindex import recover, snapshot
+from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, Rows, row_digests
-from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.store import Marked, RowWritable, VectorStore
 
-Mask = NDArray[np.bool_]
 Blocks = Iterable[tuple[int, Vectors]]
 POINTER = "state-is-elsewhere"
 
@@ -79,6 +77,7 @@ class Workspace:
         store: The index.
         journal: Its state.
         ledger: Splits and looks.
+        found: What was read of the index.
         rows: The originals, in scan order.
         usable: Rows that are finite and not zero, shape (n,).
         judged: Judgments by position.
@@ -93,7 +92,7 @@ class Workspace:
         store: VectorStore,
         journal: Journal,
         ledger: Ledger,
-        rows: Rows,
+        found: Snapshot,
         judged: Resolved,
         settings: Settings,
         progress: Progress,
@@ -103,7 +102,8 @@ class Workspace:
         self.info = store.info()
         self.journal = journal
         self.ledger = ledger
-        self.rows = rows
+        self.found = found
+        self.rows = rows = found.rows
         self.judged = judged
         self.settings = settings
         self.current: Write | None = journal.manifest.current
@@ -146,13 +146,23 @@ class Workspace:
         else:
             yield from self.blocks_of(self.store)
 
-    @staticmethod
-    def blocks_of(store: VectorStore) -> Blocks:
-        """Yield all rows as a store holds them."""
+    def blocks_of(self, store: VectorStore) -> Blocks:
+        """Yield all rows as a store holds them; NaN for rows that were removed since."""
         start = 0
+        if isinstance(store, RowWritable):  # it may have other rows by now
+            for start, block in self.rows.blocks():
+                ids = self.rows.ids[start : start + len(block)]
+                yield start, self._rows_now(store, ids)
+            return
         for batch in store.scan(8192):
             yield start, batch.vectors
             start += len(batch)
+
+    def _rows_now(self, store: RowWritable, ids: Ids) -> Vectors:
+        now = store.peek(ids)
+        vectors = np.full((len(ids), self.info.dim), np.nan, np.float32)
+        vectors[Lookup(ids).find(now.ids)] = now.vectors
+        return vectors
 
     def search(
         self, queries: Vectors, blocks: Blocks, k: int, skip: Mask | None = None
@@ -200,15 +210,20 @@ class Workspace:
 
     def through(self, store: VectorStore, queries: Vectors, k: int, lookup: Lookup) -> Positions:
         """Search through an index as the application does; positions, shape (q, k), -1 for none."""
-        found = store.search(queries, k, self.settings.search_params).ids
-        positions = lookup.find(found.ravel()).reshape(found.shape)
-        return np.where(found >= 0, positions, -1)
+        found = store.search(queries, k, self.settings.search_params)
+        positions = lookup.find(found.ids.ravel()).reshape(found.ids.shape)
+        return np.where(np.isneginf(found.scores), -1, positions)
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""
         if self.current is None:
             return self.rows.take(positions)
-        return self.store.fetch(self.rows.ids[positions])
+        return self.rows_of(self.store, positions)
+
+    def rows_of(self, store: VectorStore, positions: Positions) -> Vectors:
+        """Return rows as a store holds them; NaN for rows that were removed since."""
+        ids = self.rows.ids[positions]
+        return self._rows_now(store, ids) if isinstance(store, RowWritable) else store.fetch(ids)
 
     def ann_recall(
         self,
@@ -265,6 +280,7 @@ def open_workspace(
                 f"is another index by the same name, remove {folder} first"
             )
         _check_search(store, settings)
+        check_marker(store, past)
         if settings.dry_run:
             if past.manifest.pending is not None:
                 raise ConfigError(
@@ -275,15 +291,15 @@ def open_workspace(
         else:
             journal = stack.enter_context(past)
             recover(store, journal)
-        rows = snapshot(store, journal, progress, past=past)
+        found = snapshot(store, journal, progress, past=past, fields=judgments.fields)
         ledger = Ledger(folder)
         judged = resolve(
-            judgments,
-            rows,
+            judgments.with_columns(found.columns, found.rows.ids),
+            found.rows,
             seed=settings.fit.seed,
             assigned={name: Split(split) for name, split in ledger.splits.items()},
         )
-        space = Workspace(store, journal, ledger, rows, judged, settings, progress)
+        space = Workspace(store, journal, ledger, found, judged, settings, progress)
         if np.count_nonzero(space.usable) < 2:
             raise DataError(
                 f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "
@@ -296,21 +312,41 @@ def open_workspace(
         yield space
 
 
+def check_marker(store: VectorStore, journal: Journal) -> None:
+    """Make sure that a store which says that it was refined is not taken for raw.
+
+    Raises:
+        JournalError: The state that its marker names is not this one.
+    """
+    note = store.marker() if isinstance(store, Marked) else None
+    if note is None:
+        return
+    known = (journal.folder / "manifest.json").is_file()
+    if not known or note.get("state") != journal.manifest.state_id:
+        raise JournalError(
+            f"{store.info().uri} is marked as refined by {note.get('refiner')}, but the state that "
+            f"holds its originals is not in {journal.folder}; name its folder by --state, or "
+            "restore it from a backup. Nothing is refined twice"
+        )
+
+
 def state_folder(store: VectorStore, override: Path | None) -> Path:
-    """Return where an index's state lives: beside its file, unless told otherwise.
+    """Return where an index's state lives: in its usual place, unless told otherwise.
 
     A state that was put elsewhere is found again by the pointer that `point_elsewhere` left.
 
     Raises:
-        ConfigError: The index is no file and no folder was given, or its state is already in
-            another folder.
+        ConfigError: The index has no usual place and no folder was given, or its state is already
+            in another folder.
         JournalError: The state was put elsewhere, and is gone from there.
     """
-    if not isinstance(store, FileBacked):
+    usual = store.info().state
+    if usual is None:
         if override is None:
-            raise ConfigError(f"{store.info().uri} is no file; name its state folder by --state")
-        return override
-    usual = beside(store.info().uri)
+            raise ConfigError(
+                f"{store.info().uri} has no usual place for its state; name a folder by --state"
+            )
+        return override.resolve()
     pointer = usual / POINTER
     known = Path(pointer.read_text(encoding="utf-8")) if pointer.is_file() else usual
     if pointer.is_file() and not known.is_dir():
@@ -330,14 +366,17 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
 
 def point_elsewhere(store: VectorStore, folder: Path) -> None:
     """Leave word beside an index that its state is in another folder."""
-    usual = beside(store.info().uri)
-    if folder != usual:
+    usual = store.info().state
+    if usual is not None and folder != usual:
         write_durably(usual / POINTER, str(folder).encode())
 
 
 def forget_elsewhere(store: VectorStore) -> None:
     """Take back what `point_elsewhere` left."""
-    pointer = beside(store.info().uri) / POINTER
+    usual = store.info().state
+    if usual is None:
+        return
+    pointer = usual / POINTER
     pointer.unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not empty
         pointer.parent.rmdir()

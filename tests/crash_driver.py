@@ -46,11 +46,11 @@ def main(folder: Path) -> None:
                 if current is not None and current.refiner == refiners[which].id:
                     return
                 refiners[which].save(journal.refiners / refiners[which].id)
-                rows = snapshot(store, journal)
+                found = snapshot(store, journal)
                 write(
                     store,
-                    rows,
-                    lambda at, x: refiners[which].refine_rows(x, rows.ids[at : at + len(x)]),
+                    found,
+                    lambda at, x: refiners[which].refine_rows(x, found.rows.ids[at : at + len(x)]),
                     journal=journal,
                     refiner=refiners[which],
                     accept=lambda candidate: None,

@@ -89,16 +89,16 @@ class Case:
 
     def refine(self, store: VectorStore, refiner: Refiner | None = None) -> Refiner:
         with Journal(self.folder / "state", store.info()) as journal:
-            rows = snapshot(store, journal)
+            found = snapshot(store, journal)
             refiner = refiner or random_refiner(
-                rows.dim, rows.ids, metric=Metric(store.info().metric)
+                found.rows.dim, found.rows.ids, metric=Metric(store.info().metric)
             )
             refiner.save(journal.refiners / refiner.id)
             write(
                 store,
-                rows,
+                found,
                 lambda start, block: refiner.refine_rows(
-                    block, rows.ids[start : start + len(block)]
+                    block, found.rows.ids[start : start + len(block)]
                 ),
                 journal=journal,
                 refiner=refiner,

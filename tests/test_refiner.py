@@ -154,14 +154,14 @@ def test_another_dimension_names_both(refiner: Refiner) -> None:
 
 
 def test_ids_of_another_kind_are_refused(refiner: Refiner, rows: Vectors) -> None:
-    with pytest.raises(DataError, match=r"row ids are <U\d+, .*int64"):
-        refiner.refine_rows(rows, IDS.astype(str))
+    with pytest.raises(DataError, match=r"row ids are .*S\d+, .*int64"):
+        refiner.refine_rows(rows, IDS.astype("S36"))
 
 
 BIG = np.array([3, 2**53, 2**53 + 1, 2**64 - 1], dtype=np.uint64)
 
 
-@pytest.mark.parametrize("ids", [IDS, BIG, np.array(["b4e1", "e0", "été", "ff"])])
+@pytest.mark.parametrize("ids", [IDS, BIG, np.array(["7", "b4e1", "e0", "ff"], "S36")])
 def test_save_and_load_keep_every_bit(
     tmp_path: Path, rows: Vectors, rng: np.random.Generator, ids: Ids
 ) -> None:
@@ -231,7 +231,7 @@ def test_a_newer_schema_says_what_to_do(tmp_path: Path, refiner: Refiner) -> Non
         {"layers": 2},
         {"layers": 4},
         {"id": "0" * 12},
-        {"offset_ids": "<U4"},
+        {"offset_ids": "|S4"},
         {"offset_ids": "O"},
         {"info": None},
     ],

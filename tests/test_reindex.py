@@ -40,11 +40,11 @@ class Desk:
         with Journal(self.state, store.info()) as journal:
             recover(store, journal)
             refiner.save(journal.refiners / refiner.id)
-            rows = snapshot(store, journal)
+            found = snapshot(store, journal)
             return write(
                 store,
-                rows,
-                lambda start, x: refiner.refine_rows(x, rows.ids[start : start + len(x)]),
+                found,
+                lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
                 journal=journal,
                 refiner=refiner,
                 accept=accept or (lambda candidate: None),  # type: ignore[arg-type]
@@ -228,10 +228,10 @@ def test_ambiguous_positions_are_refused(tmp_path: Path, rng: np.random.Generato
     store = FaissStore(desk.path)
     with Journal(desk.state, store.info()) as journal:
         refiner.save(journal.refiners / refiner.id)
-        rows = snapshot(store, journal)
+        found = snapshot(store, journal)
         write(  # two different originals become one vector
             store,
-            rows,
+            found,
             lambda start, x: np.concatenate([np.stack([target, target]), x[2:]]),
             journal=journal,
             refiner=refiner,
@@ -409,11 +409,11 @@ def test_one_state_folder_serves_one_index(desk: Desk, tmp_path: Path) -> None:
     store = FaissStore(desk.path)
     with Journal(shared, store.info()) as journal:
         refiner.save(journal.refiners / refiner.id)
-        rows = snapshot(store, journal)
+        found = snapshot(store, journal)
         write(
             store,
-            rows,
-            lambda start, x: refiner.refine_rows(x, rows.ids[start : start + len(x)]),
+            found,
+            lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
             journal=journal,
             refiner=refiner,
             accept=lambda candidate: None,

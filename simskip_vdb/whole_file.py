@@ -1,0 +1,246 @@
+"""Write an index that is one file: a candidate is built beside it, checked, and swapped in."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from simskip_vdb.datatypes import Progress, VectorBatch, silent
+from simskip_vdb.errors import JournalError
+from simskip_vdb.journal import FileRef, Journal, Write
+from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written
+from simskip_vdb.provenance import SCAN_ROWS, OurRows, TrueRows
+from simskip_vdb.refiner import Refiner
+from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.store import Check, FileBacked, VectorStore
+
+log = logging.getLogger(__name__)
+
+
+class FileStore(VectorStore, FileBacked, Protocol):
+    """A store that is one file."""
+
+
+def recover(store: FileStore, journal: Journal) -> None:
+    """Decide, by looking at the index, whether a write that was announced happened.
+
+    Args:
+        store: The index.
+        journal: Its state, locked.
+    """
+    pending = journal.manifest.pending
+    if pending is None:
+        return
+    now = store.sha256()
+    if now in (pending.fingerprint, pending.before):
+        happened = now == pending.fingerprint
+    else:  # the application wrote since: see whose rows are there
+        after = _digests_of(journal, pending)
+        before = _digests_of(journal, journal.manifest.current or replace(pending, refiner=""))
+        happened = _count_rows(store, after) > _count_rows(store, before)
+    log.warning(
+        "a run was interrupted while writing %s: %s",
+        store.info().uri,
+        "the new file was in place" if happened else "the file had not been touched",
+    )
+    journal.settle(happened=happened)
+
+
+def write(
+    store: FileStore,
+    rows: Rows,
+    refine: Refine,
+    *,
+    journal: Journal,
+    refiner: Refiner,
+    accept: Check,
+    summary: Mapping[str, Any],
+    progress: Progress = silent,
+) -> Written:
+    """Write refined vectors in place: announced, verified, and undoable.
+
+    Args:
+        store: The index, which must be one file.
+        rows: Originals as `snapshot` returned them.
+        refine: Refines a block of originals.
+        journal: The state, locked.
+        refiner: What is written, for the record.
+        accept: Sees the candidate before the swap, and raises to refuse it.
+        summary: What `status` shows of this write.
+        progress: Called with rows done and rows in all.
+
+    Raises:
+        VerificationError: The candidate does not hold what was written; nothing was swapped.
+        StoreError: Writing failed, or the file changed meanwhile; nothing was swapped.
+    """
+    before = store.sha256()
+    current = journal.manifest.current
+    if current is None:
+        kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
+    else:
+        kept = current.kept if before == current.fingerprint else None
+    outgoing = Outgoing(rows, refine, progress)
+
+    def check(candidate: VectorStore) -> None:
+        digests = outgoing.verify(candidate)
+        accept(candidate)
+        journal.announce(
+            Write(
+                refiner=refiner.id,
+                before=before,
+                fingerprint=_file(candidate).sha256(),
+                originals=journal.scanned,
+                written=journal.save_written(rows.ids, digests),
+                kept=kept,
+                time=time.time(),
+                summary=summary,
+            )
+        )
+
+    keep = journal.folder / kept.name if current is None and kept is not None else None
+    try:
+        store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
+    except Exception:
+        if store.sha256() == before:
+            journal.settle(happened=False)
+        raise
+    journal.settle(happened=True)
+    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="in-place")
+
+
+def write_copy(
+    store: FileStore,
+    rows: Rows,
+    refine: Refine,
+    *,
+    output: Path,
+    accept: Check,
+    progress: Progress = silent,
+) -> Written:
+    """Write a refined copy of the index to `output` and leave the index alone.
+
+    Raises:
+        StoreError: `output` exists, or writing failed.
+        VerificationError: The copy does not hold what was written; it is removed.
+    """
+    outgoing = Outgoing(rows, refine, progress)
+
+    def check(candidate: VectorStore) -> None:
+        outgoing.verify(candidate)
+        accept(candidate)
+
+    store.write_copy(outgoing.batches(), check, output=output)
+    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="copy")
+
+
+def rollback(store: FileStore, journal: Journal, progress: Progress = silent) -> RolledBack:
+    """Restore the originals.
+
+    Where the file is as we left it, the very file from before comes back. Otherwise rows that we
+    wrote get their original vector again, by id, or by vector where ids are positions; rows that
+    the application added or changed since stay as they are.
+
+    Args:
+        store: The index.
+        journal: Its state, locked.
+        progress: Called with rows done and rows in all.
+
+    Raises:
+        JournalError: The state is damaged, or it is ambiguous which original belongs where.
+        UnsupportedIndexError: Rows were added to lossy codes since, and nobody gave their vectors.
+    """
+    current = journal.manifest.current
+    assert current is not None
+    now = store.sha256()
+    kept = _kept_file(journal, current) if now == current.fingerprint else None
+    if kept is not None and current.kept is not None:
+        journal.announce(_undoing(current, now, current.kept.sha256))
+        store.put_back(kept, expected=now)
+        restored, left = store.info().count, 0
+    else:
+        restored, left = _restore_rows(store, journal, current, now, progress)
+    journal.settle(happened=True)
+    after = store.sha256()
+    exact = current.kept is not None and after == current.kept.sha256
+    return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
+
+
+def _kept_file(journal: Journal, current: Write) -> Path | None:
+    """Return the index file from before the first write; None where the rows must do."""
+    if current.kept is None:
+        return None
+    try:
+        return journal.path(current.kept)
+    except JournalError as error:
+        log.warning("%s. Restoring row by row from the originals instead", error)
+        return None
+
+
+def _undoing(current: Write, before: str, after: str) -> Write:
+    return Write(
+        refiner="",
+        before=before,
+        fingerprint=after,
+        originals=current.originals,
+        written=current.written,
+        kept=current.kept,
+        time=time.time(),
+    )
+
+
+def _restore_rows(
+    store: FileStore, journal: Journal, current: Write, now: str, progress: Progress
+) -> tuple[int, int]:
+    true = TrueRows(store, OurRows(journal, current, store))
+    total = store.info().count
+    counts = np.zeros(2, np.int64)  # restored, left
+
+    def batches() -> Iterator[VectorBatch]:
+        done = 0
+        for batch in store.scan(SCAN_ROWS):
+            vectors, mine = true.of(batch)
+            counts[:] += (mine.sum(), (~mine).sum())
+            yield VectorBatch(ids=batch.ids, vectors=vectors)
+            done += len(batch)
+            progress("restore", done, total)
+        true.check()
+
+    def check(candidate: VectorStore) -> None:
+        journal.announce(_undoing(current, now, _file(candidate).sha256()))
+
+    try:
+        store.replace_keeping(batches(), check, keep=None, expected=now)
+    except Exception:
+        if store.sha256() == now:
+            journal.settle(happened=False)
+        raise
+    return int(counts[0]), int(counts[1])
+
+
+def _digests_of(journal: Journal, write: Write) -> Digests:
+    """Return the digests of all rows after a write; of the originals where that undid one."""
+    if write.refiner and write.written is not None:
+        return np.sort(journal.open_written(write.written)[1])
+    digests = [row_digests(block) for _, block in journal.open_originals(write).blocks()]
+    return np.sort(np.concatenate(digests))
+
+
+def _file(candidate: VectorStore) -> FileBacked:
+    assert isinstance(candidate, FileBacked)
+    return candidate
+
+
+def _count_rows(store: VectorStore, digests: Digests) -> int:
+    """Count the rows of a store whose digest is among these, which are sorted."""
+    count = 0
+    for batch in store.scan(SCAN_ROWS):
+        read = row_digests(batch.vectors)
+        places = np.minimum(np.searchsorted(digests, read), len(digests) - 1)
+        count += int((digests[places] == read).sum())
+    return count
