@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
@@ -14,11 +15,12 @@ from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.store import TakesOriginals, VectorStore
 
 ENTRY_POINT_GROUP = "simskip_vdb.connectors"
-"""Name = scheme; value = a class with ``open(uri, *, read_only)``."""
+"""Name = scheme; value = a class with ``open(uri, *, read_only)``, and where rows have payload
+``filter`` and ``guard_field``."""
 
 
 class _Connector(Protocol):
-    def open(self, uri: str, *, read_only: bool) -> VectorStore: ...
+    def open(self, uri: str, *, read_only: bool, **payload: str) -> VectorStore: ...
 
 
 class _BuiltIn(NamedTuple):
@@ -38,6 +40,8 @@ def open_store(
     read_only: bool = False,
     originals: str | Path | None = None,
     originals_ids: Path | None = None,
+    filter: str | None = None,  # noqa: A002 Qdrant's name for it
+    guard_field: str | None = None,
 ) -> VectorStore:
     """Open the store at an address.
 
@@ -47,6 +51,8 @@ def open_store(
         originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
             in the order of its rows, or another store that has the same ids.
         originals_ids: A file with the id of each vector in the ``.npy`` file, one a line.
+        filter: Which rows of a collection are meant: ``FIELD=VALUE``, or Qdrant's filter as JSON.
+        guard_field: Payload field that the application changes on each of its writes.
 
     Raises:
         ConfigError: No connector serves the scheme, or the store takes no originals.
@@ -55,7 +61,13 @@ def open_store(
     """
     scheme = _scheme(uri)
     connector = _built_in(scheme) if scheme in _BUILT_IN else _third_party(scheme)
-    store = connector.open(uri, read_only=read_only)
+    given = {"filter": filter, "guard_field": guard_field}
+    payload = {name: value for name, value in given.items() if value is not None}
+    unknown = set(payload) - set(signature(connector.open).parameters)
+    if unknown:
+        option = "--" + sorted(unknown)[0].replace("_", "-")
+        raise ConfigError(f"{uri}: rows have no payload; leave {option} out")
+    store = connector.open(uri, read_only=read_only, **payload)
     if originals is not None:
         _give_originals(store, str(originals), originals_ids)
     elif originals_ids is not None:

@@ -47,7 +47,9 @@ def cli(verbose: bool) -> None:
     whether retrieval got better, and only then writes refined vectors back: same ids, order,
     parameters. One command undoes it. Try `simskip demo`.
 
-    INDEX is a URI: faiss:PATH, or a plain path to a FAISS file.
+    INDEX is a URI: faiss:PATH, or a plain path to a FAISS file; qdrant://HOST:PORT/COLLECTION and
+    qdrant+https://…; qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME
+    where vectors have names.
     """
     logging.basicConfig(
         stream=sys.stderr,
@@ -110,14 +112,14 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
 @shared.index
 @shared.state
 @shared.json
-def inspect(index: str, state: Path | None, as_json: bool) -> None:
+def inspect(index: str, filter: str | None, state: Path | None, as_json: bool) -> None:  # noqa: A002
     """Show what an index is, how healthy its vectors are, and what could be done next."""
     from simskip_vdb.connectors import open_store
     from simskip_vdb.inspection import inspect as look
     from simskip_vdb.inspection import render
 
     with Bars() as bars:
-        result = look(open_store(index, read_only=True), state, progress=bars)
+        result = look(open_store(index, read_only=True, filter=filter), state, progress=bars)
     _print(result, render, as_json)
 
 
@@ -190,6 +192,8 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     help="Use this fitted refiner instead of fitting one.",
 )
 @shared.search_params
+@shared.mode
+@shared.guard_field
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -213,6 +217,9 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
         --qrels qrels.tsv --doc-ids ids.txt
     simskip refine faiss:intents.faiss --labels labels.txt --test-queries q.npy \
         --test-labels ql.txt --side both --output better.faiss
+    simskip refine "qdrant://localhost:6333/products?vector=text" --queries q.parquet \
+        --qrels qrels.tsv --doc-id-field sku
+    simskip refine qdrant-edge:shard --group-field category
     simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
     """
     from simskip_vdb import pipeline
@@ -228,12 +235,15 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
 @cli.command()
 @shared.index
 @shared.originals
+@shared.guard_field
 @shared.state
 @shared.json
 def rollback(
     index: str,
+    filter: str | None,  # noqa: A002 Qdrant's name for it
     originals: str | None,
     originals_ids: Path | None,
+    guard_field: str | None,
     state: Path | None,
     as_json: bool,
 ) -> None:
@@ -247,7 +257,14 @@ def rollback(
     from simskip_vdb.report import render_rollback
 
     with Bars() as bars:
-        result = pipeline.rollback(open_store(index), state=state, progress=bars)
+        store = open_store(
+            index,
+            filter=filter,
+            guard_field=guard_field,
+            originals=originals,
+            originals_ids=originals_ids,
+        )
+        result = pipeline.rollback(store, state=state, progress=bars)
     _print(result, render_rollback, as_json)
 
 
@@ -255,13 +272,14 @@ def rollback(
 @shared.index
 @shared.state
 @shared.json
-def status(index: str, state: Path | None, as_json: bool) -> None:
+def status(index: str, filter: str | None, state: Path | None, as_json: bool) -> None:  # noqa: A002
     """Tell whether INDEX is refined, by what, since when, with what gain, and how to undo it."""
     from simskip_vdb import pipeline
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_status
 
-    _print(pipeline.status(open_store(index, read_only=True), state=state), render_status, as_json)
+    store = open_store(index, read_only=True, filter=filter)
+    _print(pipeline.status(store, state=state), render_status, as_json)
 
 
 def _prepare(
@@ -283,10 +301,12 @@ def _prepare(
         device=options.pop("device", "auto"),
     )
     params = _parameters(options.pop("search_params", ""))
-    exact = {name: options.pop(name) for name in ("originals", "originals_ids")}
+    fields = {name: options.pop(name) for name in ("doc_id_field", "group_field")}
+    opening = ("originals", "originals_ids", "filter", "guard_field")
+    store = {name: options.pop(name, None) for name in opening}
     settings = Settings(fit=fitting, search_params=params, **options)
-    judgments = read_judgments(files)
-    return open_store(index, read_only=read_only, **exact), judgments, settings
+    judgments = read_judgments(files, **fields)
+    return open_store(index, read_only=read_only, **store), judgments, settings
 
 
 def _parameters(text: str) -> Mapping[str, float]:

@@ -67,6 +67,7 @@ class Write:
         time: Seconds since the epoch.
         mode: ``in-place``, ``new-vector`` or ``new-collection``.
         target: Name of the new vector or collection; empty in place.
+        origin: Name of the collection that the alias led to before; empty but for a new one.
         summary: What `status` shows: side, measure, before, after, ci95, evidence.
     """
 
@@ -79,6 +80,7 @@ class Write:
     time: float
     mode: str = IN_PLACE
     target: str = ""
+    origin: str = ""
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 

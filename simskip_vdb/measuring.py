@@ -85,7 +85,7 @@ def measure(
     skip, late, seed = space.skipped(split), space.late_when_written, space.settings.fit.seed
     with space.timed("evaluate"):
         before = space.search(judged.vectors, space.current_blocks(), k, skip).ids
-        rows = space.blocks_of(space.store) if as_is else space.refined_blocks(refiner, late)
+        rows = space.blocks_of(space.held_by) if as_is else space.refined_blocks(refiner, late)
         after = space.search(refiner(judged.vectors), rows, k, skip).ids
         was, now = (score(judged, found, space.measures) for found in (before, after))
         levels = {name: None for name in space.measures} | {space.measure: look_level(look)}

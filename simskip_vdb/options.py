@@ -39,10 +39,19 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return add
 
 
-index = click.argument("index")
+index = _together(
+    click.argument("index"),
+    click.option(
+        "--filter",
+        metavar="FIELD=VALUE|JSON",
+        help="Only these rows of a Qdrant collection, such as one tenant's.",
+    ),
+)
 json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 state = click.option(
-    "--state", type=click.Path(path_type=Path), help="State folder; by default INDEX.simskip/."
+    "--state",
+    type=click.Path(path_type=Path),
+    help="State folder; by default INDEX.simskip/ beside a file or shard, else in your home.",
 )
 judgments = _together(
     *(
@@ -50,7 +59,25 @@ judgments = _together(
             f"--{name}", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=text
         )
         for name, text in JUDGMENT_FILES
-    )
+    ),
+    click.option(
+        "--doc-id-field", metavar="FIELD", help="Payload field of a row that holds your id of it."
+    ),
+    click.option("--group-field", metavar="FIELD", help="Payload field that holds a row's group."),
+)
+guard_field = click.option(
+    "--guard-field",
+    metavar="FIELD",
+    help="Payload field that your application changes on each write (a version, a time): a row "
+    "whose field changed is never overwritten. Without it, rows are read again right before.",
+)
+mode = click.option(
+    "--mode",
+    type=click.Choice(["in-place", "new-vector", "new-collection"]),
+    default="in-place",
+    show_default=True,
+    help="Qdrant: overwrite the vectors; or add NAME@simskip beside NAME, to be queried by that "
+    "name; or copy the collection and switch its alias. --side both needs one of the last two.",
 )
 originals = _together(
     click.option(

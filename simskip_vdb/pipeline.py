@@ -13,16 +13,26 @@ from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.fitting import describe, fit_or_recall, validated
 from simskip_vdb.gate import Decision, decide
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import IN_PLACE, NEW_VECTOR, Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.measuring import Measured, RefusedError, ThroughIndex, measure
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.reindex import Written, abandon, fingerprint, recover, write, write_copy
+from simskip_vdb.reindex import (
+    Written,
+    abandon,
+    check_mode,
+    fingerprint,
+    recover,
+    write,
+    write_copy,
+)
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import Report, undo_command
 from simskip_vdb.reporting import build_report, forecast, summarise, written_part
+from simskip_vdb.rows import fingerprint_of
 from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.targets import holding
 from simskip_vdb.workspace import (
     Settings,
     Workspace,
@@ -55,7 +65,7 @@ def fit(
         SimskipError: See `errors`; nothing was written.
     """
     settings = settings or Settings()
-    _check_output(settings, None)
+    _check_output(store, settings, None)
     with open_workspace(store, judgments, settings, progress) as space:
         refiner = fit_or_recall(space, progress)
         folder = _save(refiner, space)
@@ -104,7 +114,7 @@ def evaluate(
         assert measured is not None
         through = ThroughIndex(space, refiner, on)
         if written is not None and written.refiner == refiner.id:
-            through.look("after", store, refiner, as_is=True)
+            through.look("after", space.held_by, refiner, as_is=True)
         else:
             through.look("before", store, None)
         report = build_report(space, "evaluate", refiner, folder, measured[0])
@@ -133,10 +143,10 @@ def refine(
         SimskipError: See `errors`; the index is as it was.
     """
     settings = settings or Settings()
-    _check_output(settings, settings.fit.side if settings.refiner is None else None)
+    _check_output(store, settings, settings.fit.side if settings.refiner is None else None)
     with open_workspace(store, judgments, settings, progress) as space:
         refiner = _refiner(space, progress)
-        _check_output(settings, refiner.side)
+        _check_output(store, settings, refiner.side)
         if settings.dry_run:
             measured = _described(space, refiner)
             report = build_report(space, "refine", refiner, settings.refiner, measured)
@@ -239,7 +249,8 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "refined": refined,
         "copy_of": journal.manifest.copy_of,
         "interrupted": journal.manifest.pending is not None,
-        "changed_since": current is not None and fingerprint(store) != current.fingerprint,
+        "changed_since": current is not None
+        and fingerprint(holding(store, current)) != current.fingerprint,
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
@@ -260,7 +271,7 @@ def _reindex(
     through = ThroughIndex(space, refiner, Split.TEST)
     if resumed is None:
         with space.timed("evaluate"):
-            through.look("before", space.store, None)
+            through.look("before", space.held_by, None)
         summary = {**summarise(space, refiner, report), "ann_recall": through.ann["before"]}
     else:
         through.ann["before"] = resumed.summary["ann_recall"]
@@ -290,6 +301,7 @@ def _reindex(
                     refiner=refiner,
                     accept=accept,
                     summary=summary,
+                    mode=space.settings.mode,
                     progress=progress,
                 )
             else:
@@ -381,16 +393,30 @@ def _identity(space: Workspace) -> Refiner:
     return Refiner.identity(space.info.dim, metric=space.info.metric)
 
 
-def _check_output(settings: Settings, side: Side | None) -> None:
-    if side is Side.BOTH and settings.output is None and not settings.dry_run:
-        raise ConfigError(
-            "with side both, queries must pass through the refiner too, so the index that raw "
-            "queries use is left alone: name a new file with --output FILE"
+def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> None:
+    """Make sure that there is a place for what will be written.
+
+    Raises:
+        ConfigError: There is none, or it would be in the way.
+    """
+    in_place = settings.output is None and settings.mode == IN_PLACE
+    if side is Side.BOTH and in_place and not settings.dry_run:
+        where = (
+            "name a new file with --output FILE"
+            if isinstance(store, FileBacked)
+            else "write a new vector or collection with --mode new-vector or new-collection"
         )
+        raise ConfigError(
+            "with side both, queries must pass through the refiner too, so the vectors that raw "
+            f"queries use are left alone: {where}"
+        )
+    check_mode(store, settings.mode)
     if side is Side.DOCS and settings.output is not None:
         raise ConfigError(
             "side docs is written in place and undone by rollback; --output belongs to --side both"
         )
+    if settings.output is not None and not isinstance(store, FileBacked):
+        raise ConfigError(f"{store.info().uri} is no file; --output belongs to files")
     if settings.output is not None and os.path.lexists(settings.output):
         raise ConfigError(f"{settings.output} exists; name a new file, or remove it first")
     if settings.output is not None and not settings.output.parent.is_dir():
@@ -400,11 +426,19 @@ def _check_output(settings: Settings, side: Side | None) -> None:
 
 
 def _unchanged(space: Workspace) -> bool:
-    if space.current is None or space.current.written is None:
+    current, found = space.current, space.found
+    if current is None:
         return False
     if isinstance(space.store, FileBacked):
-        return fingerprint(space.store) == space.current.fingerprint
-    return space.found.theirs == 0 and len(space.rows) == space.current.written.rows
+        return fingerprint(space.store) == current.fingerprint
+    if current.mode == NEW_VECTOR:
+        read = fingerprint_of(found.rows.ids, found.digests)
+        return (read, fingerprint(space.held_by)) == (current.before, current.fingerprint)
+    return (
+        found.theirs == 0
+        and current.written is not None
+        and len(found.rows) == (current.written.rows)
+    )
 
 
 def _no_gain(refiner: Refiner, space: Workspace) -> str:

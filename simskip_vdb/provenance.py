@@ -6,7 +6,7 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import NEW_VECTOR, Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.store import FileBacked, TakesOriginals, VectorStore
@@ -129,7 +129,7 @@ class LiveRows:
         self._writes = [
             _LiveWrite(journal, write, rounding)
             for write in writes
-            if write is not None and write.refiner
+            if write is not None and write.refiner and write.mode != NEW_VECTOR
         ]
 
     def __bool__(self) -> bool:

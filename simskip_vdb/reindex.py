@@ -8,22 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb import row_by_row, whole_file
+from simskip_vdb import row_by_row, targets, whole_file
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
-from simskip_vdb.journal import Journal
+from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
 from simskip_vdb.outgoing import Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows, our_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.row_by_row import Snapshot
 from simskip_vdb.rows import row_digests
-from simskip_vdb.store import Check, FileBacked, RowWritable, VectorStore
+from simskip_vdb.store import AddsVectors, Check, Copied, FileBacked, RowWritable, VectorStore
 
 __all__ = [
     "RolledBack",
     "Snapshot",
     "Written",
     "abandon",
+    "check_mode",
     "fingerprint",
     "recover",
     "rollback",
@@ -115,6 +116,7 @@ def write(
     refiner: Refiner,
     accept: Check,
     summary: Mapping[str, Any],
+    mode: str = IN_PLACE,
     progress: Progress = silent,
 ) -> Written:
     """Write refined vectors in place: announced, verified, and undoable.
@@ -128,9 +130,11 @@ def write(
         accept: Sees the candidate file before the swap, or the index after writing its rows, and
             raises to refuse it.
         summary: What `status` shows of this write.
+        mode: Where rows are written: ``in-place``, ``new-vector`` or ``new-collection``.
         progress: Called with rows done and rows in all.
 
     Raises:
+        ConfigError: The store does not know this mode.
         VerificationError: The candidate does not hold what was written; the index is as it was.
         StoreError: Writing failed; the index is as it was, or the same command resumes.
     """
@@ -142,8 +146,26 @@ def write(
         "progress": progress,
     }
     if isinstance(store, FileBacked):
+        check_mode(store, mode)
         return whole_file.write(store, found.rows, refine, **kwargs)
-    return row_by_row.write(_by_rows(store), found, refine, **kwargs)
+    return row_by_row.write(_by_rows(store), found, refine, mode=mode, **kwargs)
+
+
+def check_mode(store: VectorStore, mode: str) -> None:
+    """Make sure that a store can be written in a mode.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    able = {
+        IN_PLACE: isinstance(store, FileBacked | RowWritable),
+        NEW_VECTOR: isinstance(store, AddsVectors),
+        NEW_COLLECTION: isinstance(store, Copied),
+    }
+    if not able[mode]:
+        raise ConfigError(f"{store.info().uri} cannot be written by --mode {mode}")
+    if mode == NEW_COLLECTION and isinstance(store, Copied):
+        store.check_alias()
 
 
 def write_copy(
@@ -210,10 +232,10 @@ def abandon(
 
 def fingerprint(store: VectorStore) -> str:
     """Identify what a store holds now: the SHA-256 of its file, or a digest of its rows."""
-    return store.sha256() if isinstance(store, FileBacked) else row_by_row.fingerprint(store)
+    return store.sha256() if isinstance(store, FileBacked) else targets.fingerprint(store)
 
 
-def _by_rows(store: VectorStore) -> row_by_row.RowStore:
+def _by_rows(store: VectorStore) -> targets.RowStore:
     if not isinstance(store, RowWritable):
         raise StoreError(f"{store.info().uri} can only be read")
     return store

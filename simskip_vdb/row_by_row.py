@@ -8,26 +8,23 @@ originals and the refiner are in the state. The same command goes on, `rollback`
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from simskip_vdb.datatypes import Mask, Progress, VectorBatch, silent
-from simskip_vdb.errors import StoreError, TransientStoreError, VerificationError
-from simskip_vdb.journal import IN_PLACE, Journal, Write
+from simskip_vdb.errors import TransientStoreError, VerificationError
+from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, refined_at
-from simskip_vdb.provenance import SCAN_ROWS, LiveRows, Lookup, near
+from simskip_vdb.provenance import SCAN_ROWS, Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
-from simskip_vdb.store import Check, Marked, RowWritable, VectorStore
+from simskip_vdb.store import Check
+from simskip_vdb.targets import InPlace, RowStore, fingerprint, make_target, mark
 
 FEWEST = 100  # rows, below which a share of them says little
-
-
-class RowStore(VectorStore, RowWritable, Protocol):
-    """A store whose rows are written one by one."""
 
 
 class Snapshot(NamedTuple):
@@ -55,9 +52,10 @@ def write(
     refiner: Refiner,
     accept: Check,
     summary: Mapping[str, Any],
+    mode: str = IN_PLACE,
     progress: Progress = silent,
 ) -> Written:
-    """Write refined vectors over the rows: announced, verified, and undoable.
+    """Write refined vectors: announced, verified, and undoable.
 
     A row that the application changed since it was read stays as it is.
 
@@ -67,20 +65,24 @@ def write(
         refine: Refines a block of originals.
         journal: The state, locked.
         refiner: What is written, for the record.
-        accept: Sees the index after writing, and raises to refuse it; then it is restored.
+        accept: Sees the rows after writing, and raises to refuse them; then all is undone.
         summary: What `status` shows of this write.
+        mode: Where to: ``in-place``, ``new-vector`` or ``new-collection``.
         progress: Called with rows done and rows in all.
 
     Raises:
+        ConfigError: The store does not know this mode.
         VerificationError: The store does not hold what was written; it was restored.
         TransientStoreError: The store kept failing; the same command resumes.
     """
+    target = make_target(store, journal, mode, refiner.id)
     pending = journal.manifest.pending
-    if pending is None:
-        kept = journal.save_before(store.scan(SCAN_ROWS)) if journal.manifest.current else None
-        before = fingerprint_of(found.rows.ids, found.digests)
-    else:
+    if pending is not None:
         kept, before = pending.kept, pending.before
+    else:
+        before = fingerprint_of(found.rows.ids, found.digests)
+        again = journal.manifest.current is not None and mode != NEW_COLLECTION
+        kept = journal.save_before(target.open(progress).scan(SCAN_ROWS)) if again else None
     write = Write(
         refiner=refiner.id,
         before=before,
@@ -89,22 +91,25 @@ def write(
         written=None,
         kept=kept,
         time=time.time(),
+        mode=mode,
+        target=target.name,
+        origin=target.origin,
         summary=summary,
     )
     journal.announce(write)
-    mark(store, journal, refiner)
-    sending = _Sending(store, found, refine, progress)
     try:
+        receiving = target.open(progress)
+        mark(receiving, _note(journal, refiner))
+        sending = _Sending(target, receiving, found, refine, progress)
         sending.send()
-        store.settle(progress)
+        receiving.settle(progress)
         read = sending.verify()
-        accept(store)
+        accept(receiving)
+        target.finish(found.rows.ids, found.digests, progress)
     except TransientStoreError:
         raise
     except Exception:
-        _put_back(store, journal, _before(journal, write), progress)
-        journal.settle(happened=False)
-        mark(store, journal, None)
+        _undo(target, journal, write, progress)
         raise
     written = journal.save_written(read.ids[read.ours], read.digests[read.ours])
     done = replace(write, written=written, fingerprint=fingerprint_of(read.ids, read.digests))
@@ -113,7 +118,7 @@ def write(
 
 
 def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> RolledBack:
-    """Give every row that we wrote its original vector again.
+    """Bring back what was there before the first refinement.
 
     Rows that the application added or changed since stay as they are.
 
@@ -129,19 +134,20 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
     """
     write = journal.manifest.pending or journal.manifest.current
     assert write is not None
+    target = make_target(store, journal, write.mode, write.refiner)
     undo = replace(write, refiner="", summary={}, time=time.time())
     if journal.manifest.pending is None:
         journal.announce(undo)
     originals = journal.open_originals(write)
-    restored, left = _put_back(store, journal, originals, progress)
-    after = fingerprint(store)
+    done = target.rollback(write, progress)
+    after = fingerprint(done.store)
     digests = np.concatenate(
         [np.empty(0, np.uint64), *(row_digests(block) for _, block in originals.blocks())]
     )
     journal.settle(happened=True, done=undo)
-    mark(store, journal, None)
+    mark(done.store, None)
     exact = after == fingerprint_of(originals.ids, digests)
-    return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
+    return RolledBack(exact=exact, restored=done.rows, kept=done.left, fingerprint=after)
 
 
 def abandon(
@@ -155,9 +161,8 @@ def abandon(
     """
     pending = journal.manifest.pending
     assert pending is not None
-    _put_back(store, journal, _before(journal, pending), progress)
-    journal.settle(happened=False)
-    mark(store, journal, None)
+    target = make_target(store, journal, pending.mode, pending.refiner)
+    _undo(target, journal, pending, progress)
     digests = found.digests.copy()
     lookup = Lookup(found.rows.ids)
     for batch in store.scan(SCAN_ROWS):
@@ -173,35 +178,23 @@ def recover(journal: Journal) -> None:
         journal.settle(happened=False)
 
 
-def mark(store: VectorStore, journal: Journal, refiner: Refiner | None) -> None:
-    """Leave word in the store, where it can carry any, of whose vectors it holds."""
-    if not isinstance(store, Marked):
-        return
+def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:
+    target.undo(write, progress)
+    journal.settle(happened=False)
     current = journal.manifest.current
-    if refiner is None and current is not None:
-        refiner = Refiner.load(journal.refiners / current.refiner)
-    if refiner is None:
-        store.mark(None)
-        return
-    store.mark(
-        {
-            "state": journal.manifest.state_id,
-            "refiner": refiner.id,
-            "side": refiner.side.value,
-            "revision": len(journal.manifest.history) + 1,
-        }
-    )
+    if current is None:
+        mark(target.store, None)
+    elif target.mode == IN_PLACE:
+        mark(target.store, _note(journal, Refiner.load(journal.refiners / current.refiner)))
 
 
-def fingerprint(store: VectorStore) -> str:
-    """Identify what a store holds now, by one scan: ids and vectors in whatever order."""
-    ids, digests = [], []
-    for batch in store.scan(SCAN_ROWS):
-        ids.append(batch.ids)
-        digests.append(row_digests(batch.vectors))
-    if not ids:
-        return fingerprint_of(np.empty(0, np.int64), np.empty(0, np.uint64))
-    return fingerprint_of(np.concatenate(ids), np.concatenate(digests))
+def _note(journal: Journal, refiner: Refiner) -> dict[str, object]:
+    return {
+        "state": journal.manifest.state_id,
+        "refiner": refiner.id,
+        "side": refiner.side.value,
+        "revision": len(journal.manifest.history) + 1,
+    }
 
 
 class _Read(NamedTuple):
@@ -218,10 +211,15 @@ class _Sending:
     """The stream of refined rows into a store, and the reading of them after."""
 
     def __init__(
-        self, store: RowStore, found: Snapshot, refine: Refine, progress: Progress
+        self,
+        target: InPlace,
+        store: RowStore,
+        found: Snapshot,
+        refine: Refine,
+        progress: Progress,
     ) -> None:
-        self._store, self._found, self._refine = store, found, refine
-        self._progress = progress
+        self._target, self._store = target, store
+        self._found, self._refine, self._progress = found, refine, progress
         self._lookup = Lookup(found.rows.ids)
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._rounding = store.info().rounding
@@ -234,7 +232,9 @@ class _Sending:
             part = slice(start, start + len(block))
             refined = self._refine(start, block)
             self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
-            due = row_digests(refined) != found.digests[part]
+            due = np.isfinite(refined).all(axis=1)
+            if self._target.mode != NEW_VECTOR:
+                due &= row_digests(refined) != found.digests[part]
             if due.any():
                 batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
                 first = not self._sent.any()
@@ -274,12 +274,15 @@ class _Sending:
             done += len(batch)
             self._progress("verify", done, len(rows))
         self._check(lost, foreign)
+        missing = rows.ids[~seen]
+        # A row without a new vector is still there, but was changed, or was never finite.
+        present = self._target.store.peek(missing).ids if len(missing) else missing
         return _Read(
             ids=np.concatenate(ids) if ids else rows.ids[:0],
             digests=np.concatenate(digests) if digests else np.empty(0, np.uint64),
             ours=np.concatenate(mine) if mine else np.empty(0, np.bool_),
-            theirs=theirs,
-            gone=int((~seen).sum()),
+            theirs=theirs + len(present),
+            gone=len(missing) - len(present),
         )
 
     def outcome(self, read: _Read) -> Written:
@@ -288,15 +291,14 @@ class _Sending:
         return Written(
             rows=rows,
             skipped=len(self._found.rows) - rows,
-            mode=IN_PLACE,
+            mode=self._target.mode,
             theirs=read.theirs,
             gone=read.gone,
         )
 
     def _unchanged(self, now: VectorBatch) -> Mask:
         """Tell which rows are still as they were read."""
-        known = self._found.digests[self._lookup.find(now.ids)]
-        return np.asarray(row_digests(now.vectors) == known)
+        return self._target.unchanged(now, self._found.digests[self._lookup.find(now.ids)])
 
     def _check_first(self, part: slice, batch: VectorBatch) -> None:
         """Look at the first rows written before writing any more."""
@@ -314,53 +316,3 @@ class _Sending:
                 f"{self._store.info().uri}: of {sent:,} rows that were written, {lost:,} read back "
                 f"as they were before and {foreign:,} as something else; the index was restored"
             )
-
-
-def _before(journal: Journal, write: Write) -> Rows:
-    """Return the rows as they were before a write."""
-    if write.kept is not None:
-        return Rows(journal.path(write.kept))
-    return journal.open_originals(write)
-
-
-def _put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) -> tuple[int, int]:
-    """Write these vectors over every row of ours; return how many were ours, and how many not."""
-    ours = LiveRows(journal, store)
-    lookup = Lookup(rows.ids)
-    rounding = store.info().rounding
-    total = store.info().count
-    done = restored = 0
-
-    def due() -> Iterator[tuple[VectorBatch, Digests]]:
-        nonlocal done
-        for batch in store.scan(SCAN_ROWS):
-            _, mine = ours.originals(batch)
-            places = lookup.find(batch.ids[mine])
-            vectors = rows.take(places[places >= 0])
-            chosen = np.flatnonzero(mine)[places >= 0]
-            wrong = ~near(batch.vectors[chosen], vectors, rounding)
-            done += len(batch)
-            progress("restore", done, total)
-            yield (
-                VectorBatch(ids=batch.ids[chosen[wrong]], vectors=vectors[wrong]),
-                row_digests(batch.vectors[chosen[wrong]]),
-            )
-
-    for batch, digests in due():
-        where = Lookup(batch.ids)
-
-        def allowed(now: VectorBatch, where: Lookup = where, digests: Digests = digests) -> Mask:
-            return np.asarray(row_digests(now.vectors) == digests[where.find(now.ids)])
-
-        if len(batch):
-            restored += int(store.update(batch, allowed).sum())
-    store.settle(progress)
-    total = done
-    done = 0
-    left = sum(len(batch) for batch, _ in due())
-    if left:
-        raise StoreError(
-            f"{store.info().uri}: {left:,} rows still hold refined vectors; run the same command "
-            "again"
-        )
-    return restored, total - restored

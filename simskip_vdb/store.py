@@ -178,6 +178,11 @@ class Marked(Protocol):
 class AddsVectors(Protocol):
     """Ability: a row can hold another vector under a name of its own."""
 
+    @property
+    def vector_name(self) -> str:
+        """Name of the vector that this store is about; empty for the unnamed one."""
+        ...
+
     def vector_beside(self, name: str, *, create: bool) -> VectorStore:
         """Return the same rows with the vectors of that name; it is `RowWritable`.
 
@@ -202,12 +207,41 @@ class AddsVectors(Protocol):
 class Copied(Protocol):
     """Ability: the whole collection can be copied beside itself, and an alias switched to it."""
 
+    @property
+    def collection(self) -> str:
+        """Name of the collection, whatever alias it was opened by."""
+        ...
+
+    def check_alias(self) -> None:
+        """Make sure that there is an alias to switch.
+
+        Raises:
+            ConfigError: This store was not opened by an alias.
+        """
+        ...
+
     def copy(self, name: str, progress: Progress) -> VectorStore:
         """Copy settings, payload indexes and every row to a collection; return it.
 
-        It is `RowWritable`. Where it exists already, it is completed: rows that it lacks are
-        copied, rows that it has are left.
+        It is `RowWritable`. Where it exists already, it is brought up to date: rows that it lacks
+        are copied, rows whose payload or other vectors differ are copied again, rows that are gone
+        are removed; the other rows are left.
+
+        Raises:
+            VerificationError: It does not become the same, because it is written to all the time.
         """
+        ...
+
+    def compare(self, name: str, progress: Progress) -> None:
+        """Make sure that a copy holds every row as it is here, but for this vector, and no other.
+
+        Raises:
+            VerificationError: It does not.
+        """
+        ...
+
+    def other(self, name: str) -> VectorStore:
+        """Return the same vector of another collection, opened the same way."""
         ...
 
     def switch(self, name: str) -> None:

@@ -27,7 +27,7 @@ from simskip_vdb.evaluation import (
     parse_measures,
     score,
 )
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import IN_PLACE, Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.provenance import Lookup
@@ -36,6 +36,7 @@ from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import Marked, RowWritable, VectorStore
+from simskip_vdb.targets import holding
 
 Blocks = Iterable[tuple[int, Vectors]]
 POINTER = "state-is-elsewhere"
@@ -49,6 +50,8 @@ class Settings:
         fit: How to fit.
         measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
         growing: Whether rows keep arriving, so that unfairness to late rows refuses.
+        mode: Where rows of a collection are written: ``in-place``, ``new-vector`` or
+            ``new-collection``.
         refiner: Folder of a fitted refiner to use instead of fitting one.
         out: Folder that receives a copy of the fitted refiner.
         output: With side both, the new index file.
@@ -61,6 +64,7 @@ class Settings:
     fit: FitSettings = field(default_factory=FitSettings)
     measure: str | None = None
     growing: bool = False
+    mode: str = IN_PLACE
     refiner: Path | None = None
     out: Path | None = None
     output: Path | None = None
@@ -82,6 +86,7 @@ class Workspace:
         usable: Rows that are finite and not zero, shape (n,).
         judged: Judgments by position.
         current: What was written to the index last; None where it holds originals.
+        held_by: The store whose rows are what the application finds now.
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
         progress: Called with (stage, done, total).
@@ -107,6 +112,7 @@ class Workspace:
         self.judged = judged
         self.settings = settings
         self.current: Write | None = journal.manifest.current
+        self.held_by = holding(store, self.current)
         self.usable = _usable(rows)
         defaults = DEFAULT_MEASURES if judged.groups is None else GROUP_MEASURES
         chosen = (settings.measure,) if settings.measure else ()
@@ -144,7 +150,7 @@ class Workspace:
         if self.current is None:
             yield from self.rows.blocks()
         else:
-            yield from self.blocks_of(self.store)
+            yield from self.blocks_of(self.held_by)
 
     def blocks_of(self, store: VectorStore) -> Blocks:
         """Yield all rows as a store holds them; NaN for rows that were removed since."""
@@ -218,7 +224,7 @@ class Workspace:
         """Return rows as the index holds them now, shape (len(positions), d)."""
         if self.current is None:
             return self.rows.take(positions)
-        return self.rows_of(self.store, positions)
+        return self.rows_of(self.held_by, positions)
 
     def rows_of(self, store: VectorStore, positions: Positions) -> Vectors:
         """Return rows as a store holds them; NaN for rows that were removed since."""

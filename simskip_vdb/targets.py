@@ -1,0 +1,288 @@
+"""Where refined rows go: over the rows, to a vector beside theirs, or to a copied collection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from simskip_vdb.datatypes import Ids, Mask, Progress, VectorBatch
+from simskip_vdb.errors import ConfigError, StoreError, VerificationError
+from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
+from simskip_vdb.provenance import SCAN_ROWS, LiveRows, Lookup, near
+from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
+from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable, VectorStore
+
+SUFFIX = "@simskip"
+
+
+class RowStore(VectorStore, RowWritable, Protocol):
+    """A store whose rows are written one by one."""
+
+
+class Restored(NamedTuple):
+    """What a rollback did: the store with the originals, rows that were ours, and rows not."""
+
+    store: VectorStore
+    rows: int
+    left: int
+
+
+class InPlace:
+    """Refined vectors replace the vectors of the rows."""
+
+    mode = IN_PLACE
+
+    def __init__(self, store: RowStore, journal: Journal) -> None:
+        self.store, self._journal = store, journal
+        self.name = self.origin = ""
+
+    def open(self, progress: Progress) -> RowStore:
+        """Return the store that receives refined vectors."""
+        return self.store
+
+    def unchanged(self, now: VectorBatch, digests: Digests) -> Mask:
+        """Tell which of the rows about to be written still are what was read.
+
+        Args:
+            now: The rows in the store that is written.
+            digests: Digests of these rows as they were read, shape (b,).
+        """
+        return np.asarray(row_digests(now.vectors) == digests)
+
+    def finish(self, ids: Ids, digests: Digests, progress: Progress) -> None:
+        """Let the refined vectors take effect.
+
+        Args:
+            ids: Rows as they were read.
+            digests: Digests of their vectors then.
+            progress: Hears of rows done.
+        """
+
+    def undo(self, write: Write, progress: Progress) -> None:
+        """Leave everything as it was before a write that failed or will not be finished."""
+        put_back(self.store, self._journal, rows_before(self._journal, write), progress)
+
+    def rollback(self, write: Write, progress: Progress) -> Restored:
+        """Bring the originals back."""
+        originals = self._journal.open_originals(write)
+        return Restored(self.store, *put_back(self.store, self._journal, originals, progress))
+
+
+class NewVector(InPlace):
+    """Refined vectors stand beside the originals, under another name."""
+
+    mode = NEW_VECTOR
+
+    def __init__(self, store: RowStore, journal: Journal) -> None:
+        if not isinstance(store, AddsVectors):
+            raise ConfigError(f"{store.info().uri}: rows cannot hold another vector")
+        super().__init__(store, journal)
+        self._vectors: AddsVectors = store
+        self.name = store.vector_name + SUFFIX
+
+    def open(self, progress: Progress) -> RowStore:
+        """Return the vectors beside the rows' own; see `InPlace.open`."""
+        target = self._vectors.vector_beside(self.name, create=True)
+        assert isinstance(target, RowWritable)
+        return target
+
+    def unchanged(self, now: VectorBatch, digests: Digests) -> Mask:
+        """Tell which rows' own vectors still are what was read; see `InPlace.unchanged`."""
+        source = self.store.peek(now.ids)
+        places = Lookup(now.ids).find(source.ids)
+        same = np.zeros(len(now), np.bool_)
+        same[places] = row_digests(source.vectors) == digests[places]
+        return same
+
+    def undo(self, write: Write, progress: Progress) -> None:
+        """Remove the new vector, or fill it as before; see `InPlace.undo`."""
+        target = self.open(progress)
+        if write.kept is None:
+            mark(target, None)
+            self._vectors.drop_vector_beside(self.name)
+            return
+        before = Rows(self._journal.path(write.kept))
+        for start, block in before.blocks():
+            ids = before.ids[start : start + len(block)]
+            target.update(VectorBatch(ids=ids, vectors=block), _any)
+        target.settle(progress)
+
+    def rollback(self, write: Write, progress: Progress) -> Restored:
+        """Remove the new vector; see `InPlace.rollback`."""
+        target = self.open(progress)
+        count = target.info().count
+        mark(target, None)
+        self._vectors.drop_vector_beside(self.name)
+        return Restored(self.store, count, 0)
+
+
+class NewCollection(InPlace):
+    """Refined vectors fill a copy of the collection, to which the alias is switched."""
+
+    mode = NEW_COLLECTION
+
+    def __init__(self, store: RowStore, journal: Journal, refiner: str) -> None:
+        if not isinstance(store, Copied):
+            raise ConfigError(f"{store.info().uri}: it cannot be copied beside itself")
+        super().__init__(store, journal)
+        self._copies: Copied = store
+        current = journal.manifest.current
+        self.origin = store.collection if current is None else current.origin
+        self.name = f"{self.origin}{SUFFIX}-{refiner}"
+
+    def open(self, progress: Progress) -> RowStore:
+        """Return the copy, made or brought up to date; see `InPlace.open`."""
+        self._copies.check_alias()
+        target = self._copies.copy(self.name, progress)
+        assert isinstance(target, RowWritable)
+        return target
+
+    def finish(self, ids: Ids, digests: Digests, progress: Progress) -> None:
+        """Bring over what the application wrote meanwhile, compare, and switch the alias."""
+        target = self.open(progress)
+        lookup = Lookup(ids)
+        for batch in self.store.scan(SCAN_ROWS):
+            places = lookup.find(batch.ids)
+            changed = (places < 0) | (row_digests(batch.vectors) != digests[places])
+            if changed.any():
+                newer = VectorBatch(ids=batch.ids[changed], vectors=batch.vectors[changed])
+                target.update(newer, _any)
+        target.settle(progress)
+        self._copies.switch(self.name)
+
+    def undo(self, write: Write, progress: Progress) -> None:
+        """Remove the copy; see `InPlace.undo`."""
+        self._copies.drop_copy(self.name)
+
+    def rollback(self, write: Write, progress: Progress) -> Restored:
+        """Switch back where the copy is as we left it; else restore its rows where they are."""
+        if self._copies.collection != write.target:  # the copy was never switched to
+            self._copies.drop_copy(write.target)
+            return Restored(self.store, 0, 0)
+        origin = self._copies.other(write.origin)
+        assert isinstance(origin, Copied)
+        if fingerprint(self.store) == write.fingerprint:
+            try:
+                origin.compare(write.target, progress)
+            except VerificationError:
+                pass
+            else:
+                self._copies.switch(write.origin)
+                origin.drop_copy(write.target)
+                return Restored(origin, 0 if write.written is None else write.written.rows, 0)
+        return super().rollback(write, progress)
+
+
+def make_target(
+    store: RowStore, journal: Journal, mode: str, refiner: str
+) -> InPlace | NewVector | NewCollection:
+    """Return where a mode writes.
+
+    Args:
+        store: The index.
+        journal: Its state.
+        mode: ``in-place``, ``new-vector`` or ``new-collection``.
+        refiner: Id of the refiner that is written.
+
+    Raises:
+        ConfigError: The store cannot do that, or it was refined in another mode before.
+    """
+    for write in (journal.manifest.pending, journal.manifest.current):
+        if write is not None and write.refiner and write.mode != mode:
+            raise ConfigError(
+                f"{store.info().uri} was refined by --mode {write.mode}; go on with that, or roll "
+                "it back first"
+            )
+    if mode == NEW_VECTOR:
+        return NewVector(store, journal)
+    if mode == NEW_COLLECTION:
+        return NewCollection(store, journal, refiner)
+    return InPlace(store, journal)
+
+
+def holding(store: VectorStore, write: Write | None) -> VectorStore:
+    """Return the store that holds what was written: this one, or the vectors beside."""
+    if write is None or write.mode != NEW_VECTOR:
+        return store
+    assert isinstance(store, AddsVectors)
+    return store.vector_beside(write.target, create=False)
+
+
+def fingerprint(store: VectorStore) -> str:
+    """Identify what a store holds, by one scan: ids and vectors in whatever order."""
+    ids, digests = [], []
+    for batch in store.scan(SCAN_ROWS):
+        ids.append(batch.ids)
+        digests.append(row_digests(batch.vectors))
+    if not ids:
+        return fingerprint_of(np.empty(0, np.int64), np.empty(0, np.uint64))
+    return fingerprint_of(np.concatenate(ids), np.concatenate(digests))
+
+
+def rows_before(journal: Journal, write: Write) -> Rows:
+    """Return the rows as they were before a write in place."""
+    if write.kept is not None:
+        return Rows(journal.path(write.kept))
+    return journal.open_originals(write)
+
+
+def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) -> tuple[int, int]:
+    """Write these vectors over every row of ours; return how many were ours, and how many not.
+
+    Raises:
+        StoreError: Rows still hold refined vectors afterwards.
+    """
+    ours = LiveRows(journal, store)
+    lookup = Lookup(rows.ids)
+    rounding = store.info().rounding
+
+    def due() -> Iterator[tuple[VectorBatch, Digests, int]]:
+        done, total = 0, store.info().count
+        for batch in store.scan(SCAN_ROWS):
+            _, mine = ours.originals(batch)
+            places = lookup.find(batch.ids[mine])
+            vectors = rows.take(places[places >= 0])
+            chosen = np.flatnonzero(mine)[places >= 0]
+            wrong = ~near(batch.vectors[chosen], vectors, rounding)
+            done += len(batch)
+            progress("restore", done, total)
+            left = VectorBatch(ids=batch.ids[chosen[wrong]], vectors=vectors[wrong])
+            yield left, row_digests(batch.vectors[chosen[wrong]]), len(batch)
+
+    restored = seen = 0
+    for batch, digests, size in due():
+        seen += size
+        if len(batch):
+            allowed = _Unchanged(batch.ids, digests)
+            restored += int(store.update(batch, allowed).sum())
+    store.settle(progress)
+    left = sum(len(batch) for batch, _, _ in due())
+    if left:
+        raise StoreError(
+            f"{store.info().uri}: {left:,} rows still hold refined vectors; run the same command "
+            "again"
+        )
+    return restored, seen - restored
+
+
+def mark(store: VectorStore, note: dict[str, object] | None) -> None:
+    """Leave word in a store, where it can carry any, of whose vectors it holds."""
+    if isinstance(store, Marked):
+        store.mark(note)
+
+
+class _Unchanged:
+    """Lets rows go that still have the digest they were read with."""
+
+    def __init__(self, ids: Ids, digests: Digests) -> None:
+        self._lookup, self._digests = Lookup(ids), digests
+
+    def __call__(self, now: VectorBatch) -> Mask:
+        known = self._digests[self._lookup.find(now.ids)]
+        return np.asarray(row_digests(now.vectors) == known)
+
+
+def _any(now: VectorBatch) -> Mask:
+    return np.ones(len(now), np.bool_)
