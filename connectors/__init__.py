@@ -31,6 +31,7 @@ class _BuiltIn(NamedTuple):
 
 _BUILT_IN = {
     "faiss": _BuiltIn("simskip_vdb.connectors.faiss_store", "FaissStore", "faiss"),
+    "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
 }
 
 

@@ -1,0 +1,459 @@
+"""A Qdrant Edge shard in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from uuid import UUID
+
+import numpy as np
+import qdrant_edge as edge
+
+from simskip_vdb.connectors.edge_filters import both, has_value, has_vector, to_filter, unchanged
+from simskip_vdb.connectors.edge_notes import read_note, write_note
+from simskip_vdb.connectors.edge_records import (
+    Records,
+    json_path,
+    search_params,
+    value_at,
+    vectors_of,
+)
+from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
+from simskip_vdb.connectors.qdrant_points import (
+    ID_DTYPE,
+    choose_vector,
+    parse_address,
+    parse_filter,
+    to_ids,
+    to_points,
+)
+from simskip_vdb.connectors.rows import checked_queries, checked_rows
+from simskip_vdb.datatypes import (
+    Cursor,
+    Ids,
+    Mask,
+    Metric,
+    Neighbors,
+    Positions,
+    Progress,
+    StoreInfo,
+    VectorBatch,
+    Vectors,
+    id_names,
+)
+from simskip_vdb.errors import ConfigError, DataError, StoreError
+from simskip_vdb.store import Allowed
+
+_SCHEME = "qdrant-edge"
+PointId = int | str | UUID
+
+_PAGE = 256  # larger answers are slower, for the engine allocates every vector by itself
+_QUERY_BLOCK = 64
+
+
+class EdgeStore:
+    """A `VectorStore` and `RowWritable` that is one vector of a Qdrant Edge shard.
+
+    The engine runs in this process and lets one handle at a time hold a shard: `close` lets go.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        vector: str | None = None,
+        *,
+        read_only: bool = False,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002 Qdrant's name for it
+        guard_field: str | None = None,
+    ) -> None:
+        """Open a shard.
+
+        Args:
+            path: The shard's folder.
+            vector: Name of the vector; empty for the unnamed one, None for the only one.
+            read_only: Refuse every write.
+            filter: Rows that count, as a filter of Qdrant's REST interface; None for all.
+            guard_field: Payload field that the application changes on each of its writes; rows
+                in which it changed while they were refined are left alone.
+
+        Raises:
+            StoreNotFoundError: There is no such folder.
+            UnsupportedIndexError: It is no shard, or its vector cannot be refined.
+            StoreError: The shard is damaged, or held open.
+            ConfigError: There is no such vector, or the filter cannot be read.
+        """
+        self._path = path.resolve()
+        self._vector = vector or ""
+        self._read_only = read_only
+        self._gives = False
+        self._filter = to_filter(filter, self._uri)
+        self._guard = guard_field
+        self._guard_path = guard_field and json_path(guard_field, self._uri)
+        self._shard = load_shard(self._path, self._uri)
+        self._owned = True
+        try:
+            self._choose(vector)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        *,
+        read_only: bool,
+        filter: str | None = None,  # noqa: A002 Qdrant's name for it
+        guard_field: str | None = None,
+    ) -> EdgeStore:
+        """Open ``qdrant-edge:PATH?vector=NAME``; `filter` is what `parse_filter` takes."""
+        address = parse_address(uri)
+        return cls(
+            Path(address.place),
+            address.vector,
+            read_only=read_only,
+            filter=parse_filter(filter),
+            guard_field=guard_field,
+        )
+
+    def __enter__(self) -> EdgeStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the shard; after that, this store cannot be used."""
+        if self._owned:
+            self._owned = False
+            with engine_call(self._uri, "closing"):
+                self._shard.close()
+
+    def info(self) -> StoreInfo:
+        """Describe the vector as it is now; `count` is the rows that have it."""
+        settings = self._settings
+        with engine_call(self._uri, "counting"):
+            count = self._shard.count(edge.CountRequest(filter=self._rows, exact=True))
+            shard = self._shard.info()
+        codes = f", {settings.quantization} quantisation" if settings.quantization else ""
+        return StoreInfo(
+            uri=self._uri,
+            kind=f"Qdrant Edge, {'HNSW' if settings.hnsw['m'] else 'no graph'}{codes}",
+            count=count,
+            dim=settings.dim,
+            metric=settings.metric,
+            exact=settings.exact,
+            rounding=settings.rounding,
+            state=self._state,
+            details={
+                **settings.hnsw,
+                "quantization": settings.quantization,
+                "segments": shard.segments_count,
+                "indexed_vectors": shard.indexed_vectors_count,
+            },
+        )
+
+    def scan(
+        self,
+        batch_size: int,
+        *,
+        fields: Sequence[str] = (),
+        cursor: Cursor | None = None,
+        partition: int | None = None,
+    ) -> Iterator[VectorBatch]:
+        """Yield every row that has this vector, by ascending id; see `VectorStore.scan`.
+
+        Args:
+            batch_size: Most rows in a batch.
+            fields: Payload fields, ``a.b`` for a field in a field; None where a row has none.
+            cursor: The last id of a batch.
+            partition: None.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"{self._uri}: a batch holds at least one row, not {batch_size}")
+        if partition is not None:
+            raise ConfigError(f"{self._uri}: the store has no partitions")
+        for field in fields:
+            self._refuse_unknown(field)
+        return self._scan(batch_size, list(fields), self._point(cursor))
+
+    def fetch(self, ids: Ids) -> Vectors:
+        """Return the vectors of these ids; see `VectorStore.fetch`."""
+        unique, back = np.unique(ids, return_inverse=True)
+        found = self.peek(unique)
+        if len(found) < len(unique):
+            missing = unique[~np.isin(unique, found.ids)]
+            raise DataError(
+                f"{self._uri}: no row with id {id_names(missing)[0]} has this vector; "
+                f"{len(missing)} of {len(unique)} ids are missing"
+            )
+        vectors: Vectors = found.vectors[back]
+        return vectors
+
+    def peek(self, ids: Ids) -> VectorBatch:
+        """Return those of these rows that are there; see `RowWritable.peek`."""
+        vectors = np.empty((len(ids), self._settings.dim), np.float32)
+        there = np.zeros(len(ids), np.bool_)
+        for start in range(0, len(ids), _PAGE):
+            at, now, _ = self._read_again(ids[start : start + _PAGE])
+            vectors[start + at] = now
+            there[start + at] = True
+        return VectorBatch(ids=ids[there], vectors=vectors[there])
+
+    def search(self, queries: Vectors, k: int, params: Mapping[str, Any]) -> Neighbors:
+        """Search through the index; see `VectorStore.search`.
+
+        Args:
+            queries: Shape (q, d).
+            k: Rows wanted for each query.
+            params: ``hnsw_ef``, ``exact``, ``indexed_only``; and for quantised vectors ``ignore``
+                (search without the codes), ``rescore``, ``oversampling``.
+        """
+        array = checked_queries(self._uri, queries, self._settings.dim, k)
+        settings = search_params(params, self._uri)
+        ids = np.zeros((len(array), k), ID_DTYPE)
+        scores = np.full((len(array), k), -np.inf, np.float32)
+        for start in range(0, len(array), _QUERY_BLOCK):
+            with engine_call(self._uri, "searching"):
+                requests = [
+                    edge.QueryRequest(
+                        limit=k,
+                        query=edge.Query.Nearest(query, using=self._vector),
+                        filter=self._filter,
+                        params=settings,
+                    )
+                    for query in array[start : start + _QUERY_BLOCK].tolist()
+                ]
+                answers = self._shard.query_batch(edge.QueryBatchRequest(requests))
+                for row, hits in enumerate(answers, start):
+                    ids[row, : len(hits)] = to_ids(hit.id for hit in hits)
+                    scores[row, : len(hits)] = [hit.score for hit in hits]
+        if self._settings.metric is Metric.EUCLID:  # the engine's is a distance
+            scores = np.where(np.isneginf(scores), scores, -(scores**2))
+        return Neighbors(ids=ids, scores=scores)
+
+    def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
+        """Overwrite vectors; see `RowWritable.update`."""
+        self._writable()
+        vectors = checked_rows(self._uri, batch, self._settings.dim)
+        written = np.zeros(len(batch), np.bool_)
+        for start in range(0, len(batch), _PAGE):
+            ids = batch.ids[start : start + _PAGE]
+            at, now, guards = self._read_again(ids)
+            if len(at) == 0:
+                continue
+            chosen = np.asarray(allowed(VectorBatch(ids=ids[at], vectors=now)), np.bool_)
+            guards = [guard for guard, is_chosen in zip(guards, chosen, strict=False) if is_chosen]
+            at = at[chosen]
+            sent = self._send(ids[at], vectors[start + at], guards)
+            written[start + at[sent]] = True
+        return written
+
+    def settle(self, progress: Progress) -> None:
+        """Flush, build the index again, and flush; see `RowWritable.settle`."""
+        self._writable()
+        progress("index", 0, 1)
+        with engine_call(self._uri, "building the index; is the disk full?"):
+            self._shard.flush()
+            self._shard.optimize()
+            self._shard.flush()
+        progress("index", 1, 1)
+
+    def marker(self) -> Mapping[str, Any] | None:
+        """Return the note of who refined this vector; see `Marked.marker`."""
+        return read_note(self._marker, self._vector)
+
+    def mark(self, note: Mapping[str, Any] | None) -> None:
+        """Leave a note beside the shard, one for each vector; see `Marked.mark`."""
+        self._writable()
+        write_note(self._marker, self._vector, note)
+
+    def vector_beside(self, name: str, *, create: bool) -> EdgeStore:
+        """Return the same rows with the vectors of that name; see `AddsVectors.vector_beside`.
+
+        It uses this store's handle, and ends with it. A vector that is made has this one's
+        dimension, distance and datatype, and the shard's own HNSW settings and quantisation.
+        """
+        if name not in self._vectors():
+            if not create:
+                raise ConfigError(f"{self._uri}: there is no vector '{name}'")
+            self._writable()
+            settings = self._settings
+            with engine_call(self._uri, f"adding the vector '{name}'"):
+                self._shard.update(
+                    edge.UpdateOperation.create_dense_vector(
+                        name, settings.dim, settings.distance, datatype=settings.datatype
+                    )
+                )
+                # A kill before this would leave a shard that cannot be loaded.
+                self._shard.flush()
+        beside = object.__new__(EdgeStore)
+        beside.__dict__.update(self.__dict__)
+        beside._owned, beside._gives = False, True
+        beside._choose(name)
+        return beside
+
+    def drop_vector_beside(self, name: str) -> None:
+        """Remove the vectors of that name; see `AddsVectors.drop_vector_beside`."""
+        self._writable()
+        if name == self._vector:
+            raise ConfigError(f"{self._uri}: '{name}' is this vector, not one beside it")
+        if name not in self._vectors():
+            return
+        with engine_call(self._uri, f"removing the vector '{name}'"):
+            self._shard.update(edge.UpdateOperation.delete_vector_name(name))
+            self._shard.flush()
+
+    @property
+    def _uri(self) -> str:
+        vector = f"?vector={quote(self._vector)}" if self._vector else ""
+        return f"{_SCHEME}:{quote(str(self._path))}{vector}"
+
+    @property
+    def _state(self) -> Path:
+        return self._path.with_name(f"{self._path.name}.simskip")
+
+    @property
+    def _marker(self) -> Path:
+        return self._state / "marker.json"
+
+    def _choose(self, vector: str | None) -> None:
+        config = read_config(self._path, self._uri)
+        self._vector = choose_vector(config.get("vectors") or (), vector, self._uri)
+        self._settings = settings_of(config, self._vector, self._uri)
+        self._rows = both(has_vector(self._vector), self._filter)
+
+    def _vectors(self) -> Iterable[str]:
+        config = read_config(self._path, self._uri)
+        return {*(config.get("vectors") or ()), *(config.get("sparse_vectors") or ())}
+
+    def _writable(self) -> None:
+        if self._read_only:
+            raise ConfigError(f"{self._uri} was opened for reading only")
+
+    def _point(self, cursor: Cursor | None) -> PointId | None:
+        if cursor is None:
+            return None
+        text = str(cursor)
+        try:
+            return int(text) if text.isdigit() else str(UUID(text))
+        except ValueError:
+            raise ConfigError(f"{self._uri}: cursor '{text}' is no point id") from None
+
+    def _refuse_unknown(self, field: str) -> None:
+        """Refuse a payload field that no row has and no index is built over."""
+        path = json_path(field, self._uri)
+        with engine_call(self._uri, "reading payloads"):
+            if path in self._shard.info().payload_schema or not self._scroll(None, 1, self._rows):
+                return
+            found = self._scroll(None, 1, both(self._rows, has_value(path)))
+        if not found:
+            raise ConfigError(f"{self._uri}: no row has a value in the payload field '{field}'")
+
+    def _scroll(
+        self, start: PointId | None, limit: int, rows: edge.Filter, fields: Sequence[str] = ()
+    ) -> Records:
+        request = edge.ScrollRequest(
+            offset=start,
+            limit=limit,
+            filter=rows,
+            with_payload=list(fields) or False,
+            with_vector=[self._vector],
+        )
+        records, _ = self._shard.scroll(request)
+        return records
+
+    def _scan(
+        self, batch_size: int, fields: Sequence[str], after: PointId | None
+    ) -> Iterator[VectorBatch]:
+        """Go on after an id, whether or not there still is a point of that id."""
+        dim = self._settings.dim
+        paths = [json_path(field, self._uri) for field in fields]
+        while True:
+            ids = np.empty(batch_size, ID_DTYPE)
+            vectors = np.empty((batch_size, dim), np.float32)
+            columns: dict[str, list[Any]] = {field: [] for field in fields}
+            done = 0
+            while done < batch_size:
+                wanted = min(_PAGE, batch_size - done)
+                with engine_call(self._uri, "reading rows"):
+                    page = self._scroll(after, wanted + (after is not None), self._rows, paths)
+                    points = [record.id for record in page]
+                    if points and _plain(points[0]) == after:
+                        page, points = page[1:], points[1:]
+                    page, points = page[:wanted], points[:wanted]
+                    if not page:
+                        break
+                    ids[done : done + len(page)] = to_ids(points)
+                    vectors[done : done + len(page)] = vectors_of(page, self._vector, dim)
+                    for field, column in columns.items():
+                        column += [value_at(record.payload, field) for record in page]
+                after = _plain(points[-1])
+                done += len(page)
+            if done:
+                yield VectorBatch(
+                    ids=ids[:done], vectors=vectors[:done], fields=columns, cursor=str(after)
+                )
+            if done < batch_size:
+                return
+
+    def _read_again(self, ids: Ids) -> tuple[Positions, Vectors, list[Any]]:
+        """Read those of at most a page of rows that are there, with their guards.
+
+        Returns:
+            Their positions in `ids`, ascending; their vectors; the values of the guard field.
+        """
+        points = to_points(ids)
+        fields = [self._guard_path] if self._guard_path else []
+        with engine_call(self._uri, "reading rows"):
+            records = self._retrieve(points, fields)
+            where: dict[PointId, int] = {point: at for at, point in enumerate(points)}
+            found = {where[_plain(record.id)]: record for record in records}
+            at = sorted(found)
+            kept = [found[position] for position in at]
+            vectors = vectors_of(kept, self._vector, self._settings.dim)
+            guards = [value_at(r.payload, self._guard) for r in kept] if self._guard else []
+        return np.array(at, np.int64), vectors, guards
+
+    def _retrieve(self, points: Sequence[PointId], fields: Sequence[str]) -> Records:
+        rows = self._filter if self._gives else self._rows
+        wanted = edge.Filter(must=[edge.HasIdCondition(set(points))])
+        return self._scroll(None, len(points), both(rows, wanted), fields)
+
+    def _send(self, ids: Ids, vectors: Vectors, guards: list[Any]) -> Mask:
+        """Write at most a page of rows; return which were sent, shape (len(ids),)."""
+        points, rows = to_points(ids), vectors.tolist()
+        sent = np.ones(len(ids), np.bool_)
+        while sent.any():
+            chosen = np.flatnonzero(sent).tolist()
+            condition = (
+                unchanged(self._guard_path, {points[at]: guards[at] for at in chosen})
+                if self._guard_path
+                else None
+            )
+            try:
+                with engine_call(self._uri, "writing rows; is the disk full?"):
+                    self._shard.update(
+                        edge.UpdateOperation.update_vectors(
+                            [
+                                edge.PointVectors(points[at], {self._vector: rows[at]})
+                                for at in chosen
+                            ],
+                            condition,
+                        )
+                    )
+            except StoreError:
+                # The engine writes the others, and fails, where a point was removed meanwhile.
+                there = sent & np.isin(np.arange(len(ids)), self._read_again(ids)[0])
+                if (there == sent).all():
+                    raise
+                sent = there
+            else:
+                break
+        return sent
+
+
+def _plain(point: PointId) -> PointId:
+    return point if isinstance(point, int) else str(point)
