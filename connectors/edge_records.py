@@ -19,17 +19,19 @@ _CODES = ("ignore", "rescore", "oversampling")
 _SEARCH_PARAMS = ("hnsw_ef", "exact", "indexed_only", *_CODES)
 
 
-def vectors_of(records: Records, name: str, dim: int) -> Vectors:
-    """Return the records' vectors, shape (len(records), dim); NaN where one has none."""
+def fill(into: Vectors, records: Records, name: str) -> None:
+    """Write the vectors of that name into the first rows of an array; NaN where one has none."""
+    if not records:
+        return
+    dim = into.shape[1]
     row = struct.Struct(f"{dim}f")
-    data = bytearray(len(records) * row.size)
+    memory = memoryview(into).cast("B")  # type: ignore[arg-type]  # an array is a buffer
     nothing = (np.nan,) * dim
     for at, record in enumerate(records):
         vector: Any = record.vector  # the unnamed one is a list, or an empty mapping
         if isinstance(vector, dict):
             vector = vector.get(name, nothing)
-        row.pack_into(data, at * row.size, *vector)
-    return np.frombuffer(data, np.float32).reshape(-1, dim)
+        row.pack_into(memory, at * row.size, *vector)
 
 
 def json_path(field: str, uri: str) -> str:

@@ -11,15 +11,10 @@ from uuid import UUID
 import numpy as np
 import qdrant_edge as edge
 
-from simskip_vdb.connectors.edge_filters import both, has_value, has_vector, to_filter, unchanged
+from simskip_vdb.connectors.edge_filters import to_filter
 from simskip_vdb.connectors.edge_notes import read_note, write_note
-from simskip_vdb.connectors.edge_records import (
-    Records,
-    json_path,
-    search_params,
-    value_at,
-    vectors_of,
-)
+from simskip_vdb.connectors.edge_records import search_params
+from simskip_vdb.connectors.edge_rows import PAGE, EdgeRows
 from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
 from simskip_vdb.connectors.qdrant_points import (
     ID_DTYPE,
@@ -36,20 +31,16 @@ from simskip_vdb.datatypes import (
     Mask,
     Metric,
     Neighbors,
-    Positions,
     Progress,
     StoreInfo,
     VectorBatch,
     Vectors,
     id_names,
 )
-from simskip_vdb.errors import ConfigError, DataError, StoreError
+from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.store import Allowed
 
 _SCHEME = "qdrant-edge"
-PointId = int | str | UUID
-
-_PAGE = 256  # larger answers are slower, for the engine allocates every vector by itself
 _QUERY_BLOCK = 64
 
 
@@ -87,10 +78,8 @@ class EdgeStore:
         self._path = path.resolve()
         self._vector = vector or ""
         self._read_only = read_only
-        self._gives = False
         self._filter = to_filter(filter, self._uri)
         self._guard = guard_field
-        self._guard_path = guard_field and json_path(guard_field, self._uri)
         self._shard = load_shard(self._path, self._uri)
         self._owned = True
         try:
@@ -134,14 +123,13 @@ class EdgeStore:
     def info(self) -> StoreInfo:
         """Describe the vector as it is now; `count` is the rows that have it."""
         settings = self._settings
-        with engine_call(self._uri, "counting"):
-            count = self._shard.count(edge.CountRequest(filter=self._rows, exact=True))
+        with engine_call(self._uri, "describing the shard"):
             shard = self._shard.info()
         codes = f", {settings.quantization} quantisation" if settings.quantization else ""
         return StoreInfo(
             uri=self._uri,
             kind=f"Qdrant Edge, {'HNSW' if settings.hnsw['m'] else 'no graph'}{codes}",
-            count=count,
+            count=self._rows.count(),
             dim=settings.dim,
             metric=settings.metric,
             exact=settings.exact,
@@ -176,7 +164,7 @@ class EdgeStore:
         if partition is not None:
             raise ConfigError(f"{self._uri}: the store has no partitions")
         for field in fields:
-            self._refuse_unknown(field)
+            self._rows.refuse_unknown(field)
         return self._scan(batch_size, list(fields), self._point(cursor))
 
     def fetch(self, ids: Ids) -> Vectors:
@@ -196,9 +184,9 @@ class EdgeStore:
         """Return those of these rows that are there; see `RowWritable.peek`."""
         vectors = np.empty((len(ids), self._settings.dim), np.float32)
         there = np.zeros(len(ids), np.bool_)
-        for start in range(0, len(ids), _PAGE):
-            at, now, _ = self._read_again(ids[start : start + _PAGE])
-            vectors[start + at] = now
+        for start in range(0, len(ids), PAGE):
+            at, now = self._rows.read(ids[start : start + PAGE])
+            vectors[start + at] = now.vectors
             there[start + at] = True
         return VectorBatch(ids=ids[there], vectors=vectors[there])
 
@@ -239,16 +227,16 @@ class EdgeStore:
         self._writable()
         vectors = checked_rows(self._uri, batch, self._settings.dim)
         written = np.zeros(len(batch), np.bool_)
-        for start in range(0, len(batch), _PAGE):
-            ids = batch.ids[start : start + _PAGE]
-            at, now, guards = self._read_again(ids)
-            if len(at) == 0:
+        for start in range(0, len(batch), PAGE):
+            at, now = self._rows.read(batch.ids[start : start + PAGE])
+            if len(now) == 0:
                 continue
-            chosen = np.asarray(allowed(VectorBatch(ids=ids[at], vectors=now)), np.bool_)
-            guards = [guard for guard, is_chosen in zip(guards, chosen, strict=False) if is_chosen]
-            at = at[chosen]
-            sent = self._send(ids[at], vectors[start + at], guards)
-            written[start + at[sent]] = True
+            chosen = np.flatnonzero(allowed(now))
+            guards = None
+            if self._guard is not None:
+                guards = [now.fields[self._guard][row] for row in chosen.tolist()]
+            rows = start + at[chosen]
+            written[rows] = self._rows.write(batch.ids[rows], vectors[rows], guards)
         return written
 
     def settle(self, progress: Progress) -> None:
@@ -291,8 +279,8 @@ class EdgeStore:
                 self._shard.flush()
         beside = object.__new__(EdgeStore)
         beside.__dict__.update(self.__dict__)
-        beside._owned, beside._gives = False, True
-        beside._choose(name)
+        beside._owned = False
+        beside._choose(name, gives=True)
         return beside
 
     def drop_vector_beside(self, name: str) -> None:
@@ -319,11 +307,19 @@ class EdgeStore:
     def _marker(self) -> Path:
         return self._state / "marker.json"
 
-    def _choose(self, vector: str | None) -> None:
+    def _choose(self, vector: str | None, *, gives: bool = False) -> None:
         config = read_config(self._path, self._uri)
         self._vector = choose_vector(config.get("vectors") or (), vector, self._uri)
         self._settings = settings_of(config, self._vector, self._uri)
-        self._rows = both(has_vector(self._vector), self._filter)
+        self._rows = EdgeRows(
+            shard=self._shard,
+            uri=self._uri,
+            vector=self._vector,
+            dim=self._settings.dim,
+            filter=self._filter,
+            guard=self._guard,
+            gives=gives,
+        )
 
     def _vectors(self) -> Iterable[str]:
         config = read_config(self._path, self._uri)
@@ -333,7 +329,7 @@ class EdgeStore:
         if self._read_only:
             raise ConfigError(f"{self._uri} was opened for reading only")
 
-    def _point(self, cursor: Cursor | None) -> PointId | None:
+    def _point(self, cursor: Cursor | None) -> int | str | None:
         if cursor is None:
             return None
         text = str(cursor)
@@ -342,118 +338,29 @@ class EdgeStore:
         except ValueError:
             raise ConfigError(f"{self._uri}: cursor '{text}' is no point id") from None
 
-    def _refuse_unknown(self, field: str) -> None:
-        """Refuse a payload field that no row has and no index is built over."""
-        path = json_path(field, self._uri)
-        with engine_call(self._uri, "reading payloads"):
-            if path in self._shard.info().payload_schema or not self._scroll(None, 1, self._rows):
-                return
-            found = self._scroll(None, 1, both(self._rows, has_value(path)))
-        if not found:
-            raise ConfigError(f"{self._uri}: no row has a value in the payload field '{field}'")
-
-    def _scroll(
-        self, start: PointId | None, limit: int, rows: edge.Filter, fields: Sequence[str] = ()
-    ) -> Records:
-        request = edge.ScrollRequest(
-            offset=start,
-            limit=limit,
-            filter=rows,
-            with_payload=list(fields) or False,
-            with_vector=[self._vector],
-        )
-        records, _ = self._shard.scroll(request)
-        return records
-
     def _scan(
-        self, batch_size: int, fields: Sequence[str], after: PointId | None
+        self, batch_size: int, fields: Sequence[str], after: int | str | None
     ) -> Iterator[VectorBatch]:
-        """Go on after an id, whether or not there still is a point of that id."""
-        dim = self._settings.dim
-        paths = [json_path(field, self._uri) for field in fields]
         while True:
-            ids = np.empty(batch_size, ID_DTYPE)
-            vectors = np.empty((batch_size, dim), np.float32)
+            vectors = np.empty((batch_size, self._settings.dim), np.float32)
+            ids: list[Ids] = []
             columns: dict[str, list[Any]] = {field: [] for field in fields}
-            done = 0
-            while done < batch_size:
-                wanted = min(_PAGE, batch_size - done)
-                with engine_call(self._uri, "reading rows"):
-                    page = self._scroll(after, wanted + (after is not None), self._rows, paths)
-                    points = [record.id for record in page]
-                    if points and _plain(points[0]) == after:
-                        page, points = page[1:], points[1:]
-                    page, points = page[:wanted], points[:wanted]
-                    if not page:
-                        break
-                    ids[done : done + len(page)] = to_ids(points)
-                    vectors[done : done + len(page)] = vectors_of(page, self._vector, dim)
-                    for field, column in columns.items():
-                        column += [value_at(record.payload, field) for record in page]
-                after = _plain(points[-1])
-                done += len(page)
+            done, page = 0, True
+            while page and done < batch_size:
+                found, values = self._rows.page(after, vectors[done:][:PAGE], fields)
+                page = len(found) > 0
+                if page:
+                    ids.append(found)
+                    for field in fields:
+                        columns[field] += values[field]
+                    after = to_points(found[-1:])[0]
+                    done += len(found)
             if done:
                 yield VectorBatch(
-                    ids=ids[:done], vectors=vectors[:done], fields=columns, cursor=str(after)
+                    ids=np.concatenate(ids),
+                    vectors=vectors[:done],
+                    fields=columns,
+                    cursor=str(after),
                 )
             if done < batch_size:
                 return
-
-    def _read_again(self, ids: Ids) -> tuple[Positions, Vectors, list[Any]]:
-        """Read those of at most a page of rows that are there, with their guards.
-
-        Returns:
-            Their positions in `ids`, ascending; their vectors; the values of the guard field.
-        """
-        points = to_points(ids)
-        fields = [self._guard_path] if self._guard_path else []
-        with engine_call(self._uri, "reading rows"):
-            records = self._retrieve(points, fields)
-            where: dict[PointId, int] = {point: at for at, point in enumerate(points)}
-            found = {where[_plain(record.id)]: record for record in records}
-            at = sorted(found)
-            kept = [found[position] for position in at]
-            vectors = vectors_of(kept, self._vector, self._settings.dim)
-            guards = [value_at(r.payload, self._guard) for r in kept] if self._guard else []
-        return np.array(at, np.int64), vectors, guards
-
-    def _retrieve(self, points: Sequence[PointId], fields: Sequence[str]) -> Records:
-        rows = self._filter if self._gives else self._rows
-        wanted = edge.Filter(must=[edge.HasIdCondition(set(points))])
-        return self._scroll(None, len(points), both(rows, wanted), fields)
-
-    def _send(self, ids: Ids, vectors: Vectors, guards: list[Any]) -> Mask:
-        """Write at most a page of rows; return which were sent, shape (len(ids),)."""
-        points, rows = to_points(ids), vectors.tolist()
-        sent = np.ones(len(ids), np.bool_)
-        while sent.any():
-            chosen = np.flatnonzero(sent).tolist()
-            condition = (
-                unchanged(self._guard_path, {points[at]: guards[at] for at in chosen})
-                if self._guard_path
-                else None
-            )
-            try:
-                with engine_call(self._uri, "writing rows; is the disk full?"):
-                    self._shard.update(
-                        edge.UpdateOperation.update_vectors(
-                            [
-                                edge.PointVectors(points[at], {self._vector: rows[at]})
-                                for at in chosen
-                            ],
-                            condition,
-                        )
-                    )
-            except StoreError:
-                # The engine writes the others, and fails, where a point was removed meanwhile.
-                there = sent & np.isin(np.arange(len(ids)), self._read_again(ids)[0])
-                if (there == sent).all():
-                    raise
-                sent = there
-            else:
-                break
-        return sent
-
-
-def _plain(point: PointId) -> PointId:
-    return point if isinstance(point, int) else str(point)
