@@ -32,6 +32,10 @@ class _BuiltIn(NamedTuple):
 _BUILT_IN = {
     "faiss": _BuiltIn("simskip_vdb.connectors.faiss_store", "FaissStore", "faiss"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
+    **dict.fromkeys(
+        ("qdrant", "qdrant+https", "qdrant-local"),
+        _BuiltIn("simskip_vdb.connectors.qdrant_store", "QdrantStore", "qdrant"),
+    ),
 }
 
 

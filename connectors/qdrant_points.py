@@ -45,16 +45,20 @@ def parse_address(uri: str, known: Iterable[str] = ()) -> Address:
         known: Options besides ``vector``.
 
     Raises:
-        ConfigError: An option is unknown or comes twice.
+        ConfigError: An option is unknown, has no value or comes twice.
     """
     place, _, query = uri.partition(":")[2].partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    shown = uri.partition("?")[0]  # what stands behind may be a secret
+    try:
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
+    except ValueError:
+        raise ConfigError(f"{shown}: options after the question mark are NAME=VALUE") from None
     options = dict(pairs)
     unknown = set(options) - {"vector", *known}
     if unknown or len(options) < len(pairs):
         wrong = sorted(unknown) or "one option twice"
         raise ConfigError(
-            f"{uri}: {wrong} after the question mark; known: {', '.join(('vector', *known))}"
+            f"{shown}: {wrong} after the question mark; known: {', '.join(('vector', *known))}"
         )
     return Address(place=unquote(place), vector=options.pop("vector", None), options=options)
 

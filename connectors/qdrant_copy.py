@@ -1,0 +1,285 @@
+"""Making room beside a collection: another vector, a copy, an alias that leads elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from qdrant_client import models
+
+from simskip_vdb.connectors.qdrant_calls import Calls
+from simskip_vdb.connectors.qdrant_layout import Layout, vectors_of
+from simskip_vdb.connectors.qdrant_points import F16_ROUNDING, F32_ROUNDING
+from simskip_vdb.datatypes import Progress
+from simskip_vdb.errors import (
+    ConfigError,
+    StoreNotFoundError,
+    UnsupportedIndexError,
+    VerificationError,
+)
+
+_KEY = "simskip-copy-of"
+_BYTES = 16_000_000
+_PAYLOAD_BYTES = 8_000
+_NUMBER_BYTES = 22
+_MOST = 64
+
+
+def copy_collection(
+    calls: Calls, source: str, target: str, layout: Layout, progress: Progress
+) -> None:
+    """Copy a collection, or complete a copy, and compare all but one vector of every point.
+
+    Points that the copy has already are left as they are.
+
+    Args:
+        calls: The client.
+        source: The collection.
+        target: The name of its copy.
+        layout: The vector that the copy is made for; it may already differ where a point is there.
+        progress: Hears of points copied and compared.
+
+    Raises:
+        ConfigError: There is a collection of that name that is no such copy.
+        UnsupportedIndexError: The collection is sharded by keys of its own.
+        VerificationError: A point of the copy is not what the collection holds.
+    """
+    found = _describe(calls, source)
+    if layout.sharded:
+        raise UnsupportedIndexError(
+            f"{calls.uri}: the collection is sharded by keys of its own, and a copy would lose "
+            "them; write in place, or to a new vector"
+        )
+    _create(calls, source, target, found)
+    size = _page_size(found, layout)
+    total = calls("count", collection_name=source).count
+    done = 0
+    for records in _pages(calls, source, size):
+        _add_missing(calls, target, records)
+        done += len(records)
+        progress("copy", done, total)
+    _compare(calls, source, target, size, layout.name, progress)
+
+
+def create_vector(calls: Calls, collection: str, name: str, like: models.VectorParams) -> None:
+    """Make room for another vector a point, with the settings of one that is there."""
+    datatype = None if like.datatype is None else models.VectorStorageDatatype(like.datatype.value)
+    dense = models.DenseVectorConfig(size=like.size, distance=like.distance, datatype=datatype)
+    calls(
+        "create_vector_name",
+        collection_name=collection,
+        vector_name=name,
+        vector_name_config=models.DenseVectorNameConfig(dense=dense),
+    )
+    rest = _as(models.VectorParamsDiff, like)
+    if rest.model_dump(exclude_none=True):
+        calls("update_collection", collection_name=collection, vectors_config={name: rest})
+
+
+def drop_copy(calls: Calls, source: str, target: str) -> None:
+    """Remove a copy of a collection; nothing happens where there is none.
+
+    Raises:
+        ConfigError: It is no copy of it, or an alias leads to it.
+    """
+    if not calls("collection_exists", collection_name=target):
+        return
+    _check_copy(calls, source, target, _describe(calls, target))
+    for alias in calls("get_aliases").aliases:
+        if alias.collection_name == target:
+            raise ConfigError(
+                f"{calls.uri}: the alias '{alias.alias_name}' leads to '{target}'; lead it "
+                "elsewhere before the copy is removed"
+            )
+    calls("delete_collection", collection_name=target)
+
+
+def switch_alias(calls: Calls, alias: str, target: str) -> None:
+    """Lead an alias to a collection, in one request.
+
+    Raises:
+        StoreNotFoundError: There is no such collection.
+    """
+    names = {collection.name for collection in calls("get_collections").collections}
+    if target not in names:
+        raise StoreNotFoundError(f"{calls.uri}: there is no collection '{target}'")
+    operations: list[models.AliasOperations] = [
+        models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)),
+        models.CreateAliasOperation(
+            create_alias=models.CreateAlias(collection_name=target, alias_name=alias)
+        ),
+    ]
+    calls("update_collection_aliases", change_aliases_operations=operations)
+
+
+def _create(calls: Calls, source: str, target: str, found: models.CollectionInfo) -> None:
+    config, params = found.config, found.config.params
+    if calls("collection_exists", collection_name=target):
+        there = _describe(calls, target)
+        _check_copy(calls, source, target, there)
+        if _spaces(there) != _spaces(found):
+            raise ConfigError(
+                f"{calls.uri}: '{target}' is an old copy with other vectors than '{source}' has "
+                "now; remove it"
+            )
+    else:
+        calls(
+            "create_collection",
+            collection_name=target,
+            vectors_config=params.vectors,
+            sparse_vectors_config=params.sparse_vectors,
+            shard_number=params.shard_number,
+            sharding_method=params.sharding_method,
+            replication_factor=params.replication_factor,
+            write_consistency_factor=params.write_consistency_factor,
+            on_disk_payload=params.on_disk_payload,
+            payload=params.payload,
+            id_tracker=params.id_tracker,
+            hnsw_config=_as(models.HnswConfigDiff, config.hnsw_config),
+            optimizers_config=_as(models.OptimizersConfigDiff, config.optimizer_config),
+            wal_config=_as(models.WalConfigDiff, config.wal_config),
+            quantization_config=config.quantization_config,
+            strict_mode_config=_as(models.StrictModeConfig, config.strict_mode_config),
+            metadata={**(config.metadata or {}), _KEY: source},
+        )
+        fan_out = {
+            name: value
+            for name in ("read_fan_out_factor", "read_fan_out_delay_ms")
+            if (value := getattr(params, name)) is not None
+        }
+        if fan_out:
+            diff = models.CollectionParamsDiff(**fan_out)
+            calls("update_collection", collection_name=target, collection_params=diff)
+    there = _describe(calls, target)
+    for field, index in found.payload_schema.items():
+        if field not in there.payload_schema:
+            schema = index.params or index.data_type
+            calls(
+                "create_payload_index",
+                collection_name=target,
+                field_name=field,
+                field_schema=schema,
+            )
+
+
+def _add_missing(calls: Calls, target: str, records: Sequence[models.Record]) -> None:
+    there = calls(
+        "retrieve",
+        collection_name=target,
+        ids=[record.id for record in records],
+        with_payload=False,
+        with_vectors=False,
+    )
+    known = {record.id for record in there}
+    points = [
+        models.PointStruct(id=r.id, payload=r.payload or {}, vector=_input(r.vector))
+        for r in records
+        if r.id not in known
+    ]
+    if points:
+        calls("upsert", collection_name=target, points=points)
+
+
+def _compare(
+    calls: Calls, source: str, target: str, size: int, refined: str, progress: Progress
+) -> None:
+    done, total = 0, calls("count", collection_name=source).count
+    for records in _pages(calls, source, size):
+        copies = calls(
+            "retrieve",
+            collection_name=target,
+            ids=[record.id for record in records],
+            with_payload=True,
+            with_vectors=True,
+        )
+        held = {record.id: record for record in copies}
+        for record in records:
+            if record.id not in held or not _same(record, held[record.id], refined):
+                raise VerificationError(
+                    f"{calls.uri}: point {record.id} of the copy '{target}' is not what "
+                    f"'{source}' holds; was it written to meanwhile? Remove the copy, or write it "
+                    "there, too, and run the same command again"
+                )
+        done += len(records)
+        progress("compare", done, total)
+
+
+def _same(one: models.Record, other: models.Record, refined: str) -> bool:
+    if (one.payload or {}) != (other.payload or {}):
+        return False
+    left, right = _by_name(one.vector), _by_name(other.vector)
+    return left.keys() == right.keys() and all(
+        name == refined or _close(left[name], right[name]) for name in left
+    )
+
+
+def _close(one: Any, other: Any) -> bool:  # noqa: ANN401 dense, sparse or a list of vectors
+    if isinstance(one, models.SparseVector):
+        return bool(one == other)
+    left, right = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if left.shape != right.shape:
+        return False
+    scale = float(np.linalg.norm(left))
+    # A cosine vector may be normalised once more, and that of a float16 rounded once more.
+    return float(np.linalg.norm(left - right)) <= scale * max(F32_ROUNDING, F16_ROUNDING)
+
+
+def _pages(calls: Calls, collection: str, size: int) -> Iterator[Sequence[models.Record]]:
+    start = None
+    while True:
+        records, start = calls(
+            "scroll",
+            collection_name=collection,
+            limit=size,
+            offset=start,
+            with_payload=True,
+            with_vectors=True,
+        )
+        if records:
+            yield records
+        if start is None:
+            return
+
+
+def _page_size(found: models.CollectionInfo, layout: Layout) -> int:
+    numbers = sum(params.size for params in vectors_of(found).values())
+    fitting = _BYTES // (numbers * _NUMBER_BYTES + _PAYLOAD_BYTES)
+    size = layout.limit("upsert_max_batchsize", max(1, min(_MOST, fitting)))
+    return layout.limit("max_query_limit", size)
+
+
+def _check_copy(calls: Calls, source: str, target: str, there: models.CollectionInfo) -> None:
+    if target == source or (there.config.metadata or {}).get(_KEY) != source:
+        raise ConfigError(
+            f"{calls.uri}: '{target}' is not a copy of '{source}' that was made here; choose "
+            "another name"
+        )
+
+
+def _describe(calls: Calls, collection: str) -> models.CollectionInfo:
+    found: models.CollectionInfo = calls("get_collection", collection_name=collection)
+    return found
+
+
+def _spaces(found: models.CollectionInfo) -> Any:  # noqa: ANN401 anything that compares
+    dense = {name: (p.size, p.distance, p.datatype) for name, p in vectors_of(found).items()}
+    return dense, sorted(found.config.params.sparse_vectors or {})
+
+
+def _as(kind: Any, settings: Any) -> Any:  # noqa: ANN401 the client's models
+    """Turn settings as they are read into settings as they are written."""
+    if settings is None:
+        return None
+    plain = settings.model_dump(exclude_none=True)
+    return kind(**{name: value for name, value in plain.items() if name in kind.model_fields})
+
+
+def _by_name(vector: Any) -> Mapping[str, Any]:  # noqa: ANN401 the client's unions
+    if vector is None:
+        return {}
+    return vector if isinstance(vector, dict) else {"": vector}
+
+
+def _input(vector: Any) -> Any:  # noqa: ANN401 the client's unions
+    return {} if vector is None else vector

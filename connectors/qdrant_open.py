@@ -1,0 +1,181 @@
+"""From an address to a Qdrant client, and from a client to where its state is kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import platformdirs
+from qdrant_client import QdrantClient
+
+from simskip_vdb.connectors.qdrant_calls import translated
+from simskip_vdb.connectors.qdrant_points import parse_address
+from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError
+
+LOCAL = "qdrant-local"
+_HTTP = {"qdrant": "http", "qdrant+https": "https"}
+_PORT, _GRPC_PORT = 6333, 6334
+_TIMEOUT = 120
+_COMMON = ("batch_delay", "shard_key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What an address leads to.
+
+    Attributes:
+        client: A client of the server or of the local folder.
+        collection: Name of a collection, or an alias.
+        vector: Name of the vector; None where none was given.
+        batch_delay: Seconds to wait after every request that writes.
+        shard_key: The shard key that requests carry, if any.
+    """
+
+    client: QdrantClient
+    collection: str
+    vector: str | None
+    batch_delay: float
+    shard_key: str | None
+
+
+def open_address(uri: str) -> Target:
+    """Take an address apart and make its client; a server is asked nothing yet.
+
+    Raises:
+        ConfigError: The address makes no sense.
+        StoreNotFoundError: The local folder does not exist.
+        StoreError: The local folder cannot be opened, or is in use.
+    """
+    scheme = uri.partition(":")[0]
+    if "@" in uri.partition("?")[0] and scheme != LOCAL:
+        raise ConfigError(
+            f"{scheme}: an address holds no user and no password; the API key comes from the "
+            "environment variable QDRANT_API_KEY"
+        )
+    if scheme == LOCAL:
+        address = parse_address(uri, ("collection", *_COMMON))
+        collection = address.options.get("collection", "")
+        where = f"{LOCAL}:PATH?collection=NAME"
+        place = address.place
+    else:
+        address = parse_address(uri, ("grpc", "grpc_port", *_COMMON))
+        place, _, collection = address.place.removeprefix("//").rpartition("/")
+        where = f"{scheme}://HOST:PORT/COLLECTION"
+    if not place or not collection:
+        raise ConfigError(f"{uri.partition('?')[0]}: write the address as {where}")
+    return Target(
+        client=_local(place) if scheme == LOCAL else _remote(scheme, place, address.options),
+        collection=collection,
+        vector=address.vector,
+        batch_delay=_number(address.options, "batch_delay", 0.0),
+        shard_key=address.options.get("shard_key"),
+    )
+
+
+def is_local(client: QdrantClient) -> bool:
+    """Tell whether a client is its own engine, in memory or in a folder."""
+    options = client.init_options
+    return options["path"] is not None or options["location"] == ":memory:"
+
+
+def uri_of(client: QdrantClient, collection: str, vector: str) -> str:
+    """Return the address of a vector, without secrets."""
+    options = client.init_options
+    name = f"vector={quote(vector)}" if vector else ""
+    if options["path"] is not None:
+        query = "&".join(filter(None, (f"collection={quote(collection)}", name)))
+        return f"{LOCAL}:{options['path']}?{query}"
+    query = f"?{name}" if name else ""
+    if options["location"] == ":memory:":
+        return f"qdrant::memory:/{collection}{query}"
+    scheme, host = _endpoint(client)
+    return f"{'qdrant+https' if scheme == 'https' else 'qdrant'}://{host}/{collection}{query}"
+
+
+def label_of(vector: str, filter_json: str | None) -> str:
+    """Return a file name for a vector, and for a filter if there is one."""
+    name = quote(vector, safe="")
+    # Percent-encoded, a vector that is called like the unnamed one keeps apart from it.
+    label = {"": "unnamed", "unnamed": "%75nnamed"}.get(name, name)
+    return label if filter_json is None else f"{label}-{_short_hash(filter_json)}"
+
+
+def state_of(client: QdrantClient, collection: str, label: str) -> Path | None:
+    """Return the folder where the state of a vector is kept; None for a client in memory."""
+    options = client.init_options
+    name = quote(collection, safe="")
+    if options["path"] is not None:
+        return Path(f"{Path(options['path']).resolve()}.simskip") / name / label
+    if options["location"] == ":memory:":
+        return None
+    _, host = _endpoint(client)
+    return platformdirs.user_state_path("simskip-vdb") / quote(host, safe="") / name / label
+
+
+def _endpoint(client: QdrantClient) -> tuple[str, str]:
+    """Return (http or https, host with port and prefix)."""
+    options = client.init_options
+    given = options["url"] or options["location"] or options["host"] or "localhost"
+    parts = urlsplit(given if "//" in given else f"//{given}")
+    https = options["https"] or (options["https"] is None and options["api_key"] is not None)
+    scheme = parts.scheme or ("https" if https else "http")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    prefix = (options["prefix"] or parts.path).strip("/")
+    return scheme, f"{host}:{parts.port or options['port']}" + (f"/{prefix}" if prefix else "")
+
+
+def _remote(scheme: str, place: str, options: Mapping[str, str]) -> QdrantClient:
+    url = f"{_HTTP[scheme]}://{place}"
+    try:
+        port = urlsplit(url).port
+        host = urlsplit(url).hostname
+    except ValueError as error:
+        raise ConfigError(f"{scheme}://{place}: {error}") from None
+    if not host:
+        raise ConfigError(f"{scheme}://{place}: the address names no host")
+    grpc = options.get("grpc", "false").lower()
+    if grpc not in ("true", "false"):
+        raise ConfigError(f"{scheme}://{place}: grpc is true or false, not {grpc}")
+    return QdrantClient(
+        url=url,
+        port=port or _PORT,
+        prefer_grpc=grpc == "true",
+        grpc_port=int(_number(options, "grpc_port", _GRPC_PORT)),
+        api_key=os.environ.get("QDRANT_API_KEY") or None,
+        timeout=_TIMEOUT,
+        check_compatibility=False,
+    )
+
+
+def _local(place: str) -> QdrantClient:
+    if not (Path(place) / "meta.json").is_file():
+        raise StoreNotFoundError(
+            f"{LOCAL}:{place}: there is no folder of Qdrant's local mode (it holds a meta.json)"
+        )
+    try:
+        return QdrantClient(path=place)
+    except RuntimeError as error:
+        raise StoreError(
+            f"{LOCAL}:{place}: another process, or another client in this one, has this folder "
+            "open; close it there first"
+        ) from error
+    except Exception as error:
+        raise translated(error, f"{LOCAL}:{place}: opening") from error
+
+
+def _number(options: Mapping[str, str], name: str, default: float) -> float:
+    try:
+        number = float(options.get(name, default))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"{name} is a number from 0 up, not {options[name]}")
+    return number
+
+
+def _short_hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:8]

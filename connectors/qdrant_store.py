@@ -1,0 +1,171 @@
+"""A collection of a Qdrant server, or of the Python client's local mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simskip_vdb.connectors.qdrant_copy import (
+    copy_collection,
+    create_vector,
+    drop_copy,
+    switch_alias,
+)
+from simskip_vdb.connectors.qdrant_layout import need_version, vectors_of
+from simskip_vdb.connectors.qdrant_marker import (
+    read_file,
+    read_metadata,
+    write_file,
+    write_metadata,
+)
+from simskip_vdb.connectors.qdrant_open import open_address, state_of
+from simskip_vdb.connectors.qdrant_rows import QdrantRows
+from simskip_vdb.datatypes import Progress
+from simskip_vdb.errors import ConfigError
+
+_METADATA, _NEW_VECTOR = (1, 16), (1, 18)
+
+
+class QdrantStore(QdrantRows):
+    """A `QdrantRows` that carries a note, takes more vectors a row, and can be copied."""
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        *,
+        read_only: bool,
+        filter: Mapping[str, Any] | None = None,  # noqa: A002 Qdrant's own word
+        guard_field: str | None = None,
+    ) -> QdrantStore:
+        """Open ``qdrant://HOST:PORT/COLLECTION``, ``qdrant+https://…`` or ``qdrant-local:PATH``.
+
+        Options after a question mark: ``vector``, ``batch_delay``, ``shard_key``; for a server
+        ``grpc=true`` and ``grpc_port``; for local mode ``collection``. The API key comes from the
+        environment variable ``QDRANT_API_KEY``.
+        """
+        target = open_address(uri)
+        try:
+            return cls(
+                target.client,
+                target.collection,
+                target.vector,
+                read_only=read_only,
+                filter=filter,
+                guard_field=guard_field,
+                batch_delay=target.batch_delay,
+                shard_key=target.shard_key,
+            )
+        except BaseException:
+            target.client.close()
+            raise
+
+    def marker(self) -> Mapping[str, Any] | None:
+        """Return the note of who refined this vector; see `Marked.marker`."""
+        if self._version >= _METADATA:
+            return read_metadata(self._calls, self._collection, self._label)
+        return read_file(self._state())
+
+    def mark(self, note: Mapping[str, Any] | None) -> None:
+        """Leave a note; see `Marked.mark`.
+
+        It lives in the collection's metadata, or in the state folder where the server is older
+        than 1.16. Two vectors of a collection have a note each.
+        """
+        self._writable()
+        if self._version >= _METADATA:
+            write_metadata(self._calls, self._collection, self._label, note)
+        else:
+            write_file(self._state(), note)
+
+    def vector_beside(self, name: str, *, create: bool) -> QdrantStore:
+        """Return the same rows with the vectors of that name; see `AddsVectors.vector_beside`."""
+        vectors = vectors_of(self._describe())
+        own = self._layout.params
+        if name not in vectors:
+            if not create:
+                raise ConfigError(f"{self._uri}: there is no vector '{name}'")
+            self._writable()
+            need_version(self._version, _NEW_VECTOR, "adding a vector", self._uri)
+            create_vector(self._calls, self._collection, name, own)
+        elif (vectors[name].size, vectors[name].distance) != (own.size, own.distance):
+            raise ConfigError(
+                f"{self._uri}: the vector '{name}' has other dimensions or another distance; "
+                "choose another name"
+            )
+        return self._sibling(self._collection, name, fill=True)
+
+    def drop_vector_beside(self, name: str) -> None:
+        """Remove the vectors of that name; see `AddsVectors.drop_vector_beside`.
+
+        Raises:
+            ConfigError: It is the vector that this store is about.
+        """
+        self._writable()
+        if name == self._layout.name:
+            raise ConfigError(f"{self._uri}: '{name}' is this store's own vector; it stays")
+        if name in vectors_of(self._describe()):
+            need_version(self._version, _NEW_VECTOR, "removing a vector", self._uri)
+            name_it = {"collection_name": self._collection, "vector_name": name}
+            self._calls("delete_vector_name", **name_it)
+
+    def copy(self, name: str, progress: Progress) -> QdrantStore:
+        """Copy the collection; see `Copied.copy`.
+
+        All of it is copied, whatever filter this store has. An application that goes on writing to
+        the collection must write to the copy, too.
+
+        Raises:
+            ConfigError: The name is taken, or the server is older than 1.16.
+            UnsupportedIndexError: The collection is sharded by keys of its own.
+            VerificationError: The copy is not what the collection holds.
+        """
+        self._writable()
+        need_version(self._version, _METADATA, "copying a collection", self._uri)
+        copy_collection(self._calls, self._collection, name, self._layout, progress)
+        return self._sibling(name, self._layout.name, fill=False)
+
+    def switch(self, name: str) -> None:
+        """Let the alias lead to a collection; see `Copied.switch`.
+
+        This store stays with the collection that it was opened with.
+        """
+        self._writable()
+        if self._opened_as == self._collection:
+            raise ConfigError(
+                f"{self._uri}: '{self._collection}' is the collection's own name; open the store "
+                "by the alias that your application uses, and that can lead elsewhere"
+            )
+        switch_alias(self._calls, self._opened_as, name)
+
+    def drop_copy(self, name: str) -> None:
+        """Remove a collection that `copy` made; see `Copied.drop_copy`.
+
+        Raises:
+            ConfigError: `copy` did not make it, or an alias leads to it.
+        """
+        self._writable()
+        drop_copy(self._calls, self._collection, name)
+
+    def _state(self) -> Path:
+        folder = state_of(self._client, self._collection, self._label)
+        assert folder is not None  # only servers are too old to hold a note, and those have one
+        return folder
+
+    def _sibling(self, collection: str, vector: str, *, fill: bool) -> QdrantStore:
+        """Return a store of another vector or collection, opened the same way."""
+        store = QdrantStore(
+            self._client,
+            collection,
+            vector,
+            read_only=self._read_only,
+            filter=self._filter,
+            guard_field=self._guard_field,
+            batch_delay=self._delay,
+            shard_key=self._shard_key,
+            streams=self._streams,
+            retries=self._retries,
+        )
+        store._before_writing = store._make_reader(fill=fill)
+        return store
