@@ -15,6 +15,7 @@ import numpy as np
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric
 from simskip_vdb.errors import ConfigError, UnsupportedIndexError
 
+ID_DTYPE = ID_TEXT
 F32_ROUNDING, F16_ROUNDING = 1e-5, 2e-3
 """Relative L2 distance within which a vector is read back."""
 
