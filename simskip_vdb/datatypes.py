@@ -74,6 +74,7 @@ class StoreInfo:
         exact: True where a vector is read back as it was written, bit for bit.
         lossy: True where it is read back too coarsely to be refined.
         rounding: Relative L2 distance within which a vector that is not exact is read back.
+        payload: True where rows have payload fields.
         state: Folder where the state of this store is kept, unless told otherwise; None where
             there is no usual place.
         details: Index parameters worth showing, by FAISS's or Qdrant's own names.
@@ -88,6 +89,7 @@ class StoreInfo:
     exact: bool = True
     lossy: bool = False
     rounding: float = 2e-3
+    payload: bool = False
     state: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, id_names, silent
 from simskip_vdb.pipeline import status
 from simskip_vdb.report import number
 from simskip_vdb.rows import row_digests
@@ -139,7 +140,7 @@ class _Tally:
         return {
             "not_finite": int(not_finite.sum()),
             "zero": int(zero.sum()),
-            "examples": [int(row) for row in ids[not_finite | zero][:3]],
+            "examples": id_names(ids[not_finite | zero][:3]),
         }
 
     def sample(self) -> Vectors:
@@ -171,21 +172,27 @@ def _hubness(sample: Vectors, metric: str) -> dict[str, float] | None:
 def _readable(info: StoreInfo) -> str:
     if info.lossy:
         return "lossy codes: refining needs the exact vectors (--originals)"
-    return "exactly" if info.exact else "slightly lossy codes"
+    if info.exact:
+        return "exactly"
+    return f"within a relative error of {info.rounding:g}"
 
 
 def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list[str]:
-    uri = f"{info.uri} --originals FILE.npy" if info.lossy else info.uri
+    quoted = shlex.quote(info.uri)
+    uri = f"{quoted} --originals FILE.npy" if info.lossy else quoted
+    ids, groups = "--doc-ids D.txt", "--labels LABELS.txt"
+    if info.payload:
+        ids, groups = "--doc-id-field FIELD", "--group-field FIELD"
     steps = []
     if past["copy_of"]:
         return [f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"]
     if past["refined"] is not None:
-        steps += [f"simskip status {info.uri}", f"simskip rollback {info.uri}"]
+        steps += [f"simskip status {quoted}", f"simskip rollback {quoted}"]
     if tally.duplicate_ids():
         steps.append("give every row an id of its own: ids that repeat cannot be refined")
         return steps
     steps += [
-        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv --doc-ids D.txt",
-        f"simskip refine {uri} --labels LABELS.txt      (groups instead of judgments)",
+        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv {ids}",
+        f"simskip refine {uri} {groups}      (groups instead of judgments)",
     ]
     return steps

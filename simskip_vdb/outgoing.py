@@ -26,9 +26,10 @@ class Written:
     Attributes:
         rows: Rows whose vector changed.
         skipped: Rows left as they were.
-        mode: ``in-place``, ``new-vector``, ``new-collection``, ``copy`` or ``none``.
+        mode: ``in-place``, ``new-vector``, ``new-collection``, ``copy``, ``restored`` or ``none``.
         theirs: Rows of the skipped ones that the application changed meanwhile.
         gone: Rows that the application removed meanwhile.
+        target: Name of the new vector or collection; empty where there is none.
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Written:
     mode: str
     theirs: int = 0
     gone: int = 0
+    target: str = ""
 
     @classmethod
     def none(cls) -> Written:

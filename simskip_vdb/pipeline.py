@@ -199,7 +199,7 @@ def rollback(
         progress: Called with (stage, done, total).
 
     Returns:
-        index, exact, restored, kept, sha256.
+        index, exact, restored, kept, and the sha256 of a file or the digest of all rows.
 
     Raises:
         ConfigError: There is nothing to roll back.
@@ -219,7 +219,7 @@ def rollback(
         "exact": done.exact,
         "restored": done.restored,
         "kept": done.kept,
-        "sha256": done.fingerprint,
+        "sha256" if isinstance(store, FileBacked) else "digest": done.fingerprint,
     }
 
 
@@ -315,6 +315,8 @@ def _reindex(
                 )
         except RefusedError as refused:
             gate = replace(gate, passed=False, reasons=(*gate.reasons, *refused.decision.reasons))
+            if not isinstance(space.store, FileBacked):
+                written = replace(written, mode="restored")
     return replace(
         report,
         gate=gate,

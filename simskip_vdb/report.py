@@ -98,14 +98,18 @@ def render(report: Mapping[str, Any]) -> str:
 
 def render_rollback(result: Mapping[str, Any]) -> str:
     """Say what a rollback did."""
-    if result["exact"]:
-        lines = [f"{result['index']}: restored, {result['restored']:,} rows", "the very same file:"]
-    else:
-        lines = [
-            f"{result['index']}: restored {result['restored']:,} rows; "
-            f"{result['kept']:,} rows that were added or changed since stay as they are",
-            "the file changed since it was refined, so it was rebuilt around its rows:",
-        ]
+    lines = [f"{result['index']}: restored, {result['restored']:,} rows"]
+    if not result["exact"]:
+        lines[0] += f"; {result['kept']:,} rows that were added or changed since stay as they are"
+    if "sha256" not in result:
+        if result["exact"]:
+            lines.append("every row has its original vector, and there are no other rows")
+        return "\n".join(lines)
+    lines.append(
+        "the very same file:"
+        if result["exact"]
+        else "the file changed since it was refined, so it was rebuilt around its rows:"
+    )
     lines.append(f"  SHA-256 {result['sha256']}")
     lines.append("Reload your application: one that runs still holds the refined index.")
     return "\n".join(lines)
@@ -267,13 +271,14 @@ def _outcome(report: Mapping[str, Any]) -> str:
         if gate["passed"]:
             lines.append("gate: passed" if not gate["unmeasured"] else "gate: nothing measured")
         else:
-            lines.append("gate: refused, nothing written")
+            restored = written is not None and written["mode"] == "restored"
+            lines.append(
+                f"gate: refused, {'written and restored' if restored else 'nothing written'}"
+            )
             lines += [f"  - {reason}" for reason in gate["reasons"]]
     lines += [f"note: {note}" for note in report["notes"]]
-    if written is not None and written["mode"] == "in-place":
-        lines.append(f"written: {written['rows']:,} rows, read back and verified")
-        lines.append(f"undo: {undo_command(report['index'])}")
-        lines.append("Reload your application: one that runs still holds the old index.")
+    if written is not None and written["mode"] in ("in-place", "new-vector", "new-collection"):
+        lines += _written(report["index"], written)
     if written is not None and written["mode"] == "copy":
         lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")
         path = report["refiner"]["path"]
@@ -282,6 +287,22 @@ def _outcome(report: Mapping[str, Any]) -> str:
         parts = (f"{stage} {seconds:.1f}" for stage, seconds in report["seconds"].items())
         lines.append(f"seconds: {', '.join(parts)}")
     return "\n".join(lines)
+
+
+def _written(index: str, written: Mapping[str, Any]) -> list[str]:
+    lines = [f"written: {written['rows']:,} rows, read back and verified"]
+    if written["theirs"]:
+        lines.append(f"left alone: {written['theirs']:,} rows that were changed meanwhile")
+    if written["gone"]:
+        lines.append(f"gone: {written['gone']:,} rows that were removed meanwhile")
+    if written["mode"] == "new-vector":
+        lines.append(f"query it as the vector {written['target']!r}; the others are as they were")
+    if written["mode"] == "new-collection":
+        lines.append(f"the alias leads to the new collection {written['target']!r}")
+    lines.append(f"undo: {undo_command(index)}")
+    if index.startswith("faiss:"):
+        lines.append("Reload your application: one that runs still holds the old index.")
+    return lines
 
 
 def _gain(current: Mapping[str, Any]) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from simskip_vdb.datatypes import id_names
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.gate import Decision
 from simskip_vdb.measuring import Measured
@@ -112,8 +114,8 @@ def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
         "originals_bytes": space.rows.path.stat().st_size,
         "free_bytes": free_bytes(state_folder(space.store, space.settings.state)),
         "samples": [
-            {"id": int(row), "before": was[:4].tolist(), "after": now[:4].tolist()}
-            for row, was, now in zip(space.rows.ids[places], before, after, strict=True)
+            {"id": row, "before": was[:4].tolist(), "after": now[:4].tolist()}
+            for row, was, now in zip(id_names(space.rows.ids[places]), before, after, strict=True)
         ],
     }
 
@@ -121,4 +123,4 @@ def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
 def written_part(written: Written, output: Path | None) -> dict[str, Any]:
     """Return what was written, and where to, as the report shows it."""
     path = None if output is None else str(output)
-    return {"rows": written.rows, "skipped": written.skipped, "mode": written.mode, "path": path}
+    return {**asdict(written), "path": path}

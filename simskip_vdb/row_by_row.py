@@ -294,6 +294,7 @@ class _Sending:
             mode=self._target.mode,
             theirs=read.theirs,
             gone=read.gone,
+            target=self._target.name,
         )
 
     def _unchanged(self, now: VectorBatch) -> Mask:
