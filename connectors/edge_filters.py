@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import qdrant_edge as edge
 
 from simskip_vdb.errors import ConfigError
 
 Json = Mapping[str, Any]
 
+
+def _is(value: Any) -> edge.MatchValue:  # noqa: ANN401 a number, text or boolean
+    # The engine takes Python's booleans for the numbers 1 and 0, which match no boolean.
+    found: Any = np.bool_(value) if isinstance(value, bool) else value
+    return edge.MatchValue(found)
+
+
 _MATCHES: Mapping[str, Callable[[Any], Any]] = {
-    "value": edge.MatchValue,
+    "value": _is,
     "any": edge.MatchAny,
     "except": edge.MatchExcept,
     "text": edge.MatchText,
@@ -76,7 +84,7 @@ def _equals(field: str, value: Any) -> Any:  # noqa: ANN401 any of the engine's 
         return edge.IsEmptyCondition(field)
     if isinstance(value, float):
         return edge.FieldCondition(field, range=edge.RangeFloat(gte=value, lte=value))
-    return edge.FieldCondition(field, match=edge.MatchValue(value))
+    return edge.FieldCondition(field, match=_is(value))
 
 
 def _filter(found: Json) -> edge.Filter:

@@ -21,7 +21,7 @@ U = edge.UpdateOperation
 
 
 def params(dim: int, metric: Metric = Metric.DOT, **options: Any) -> edge.EdgeVectorParams:  # noqa: ANN401
-    return edge.EdgeVectorParams(size=dim, distance=DISTANCES[metric], **options)
+    return edge.EdgeVectorParams(**{"size": dim, "distance": DISTANCES[metric], **options})
 
 
 def create(folder: Path, vectors: Any, **options: Any) -> edge.EdgeShard:  # noqa: ANN401
