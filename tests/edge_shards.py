@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 import qdrant_edge as edge
 
 from simskip_vdb.connectors.edge_store import EdgeStore
-from simskip_vdb.datatypes import Ids, Metric, Vectors
+from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors
 
 DISTANCES = {
     Metric.COSINE: edge.Distance.Cosine,
@@ -18,6 +19,7 @@ DISTANCES = {
     Metric.EUCLID: edge.Distance.Euclid,
 }
 U = edge.UpdateOperation
+N, D = 40, 8
 
 
 def params(dim: int, metric: Metric = Metric.DOT, **options: Any) -> edge.EdgeVectorParams:  # noqa: ANN401
@@ -93,3 +95,19 @@ def everything(shard: edge.EdgeShard) -> dict[str, tuple[Any, Any]]:
 
 def shard_of(store: EdgeStore) -> edge.EdgeShard:
     return store._shard
+
+
+def uuids(count: int) -> list[int | str]:
+    return [str(UUID(int=(i + 1) << 70)) for i in range(count)]
+
+
+def any_row(now: VectorBatch) -> Mask:
+    return np.ones(len(now), np.bool_)
+
+
+def row_ids(points: Iterable[int | str]) -> Ids:
+    return np.array([str(point) for point in points], "S36")
+
+
+def batch(points: Sequence[int | str], vectors: Vectors) -> VectorBatch:
+    return VectorBatch(ids=row_ids(points), vectors=vectors)
