@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from qdrant_client import QdrantClient
 from qdrant_points import make_collection, raw_rows, texts
+from qdrant_server import Server
 
+from simskip_vdb.connectors.qdrant_calls import Retries
 from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Ids, Metric, Vectors
 from simskip_vdb.store import VectorStore
 from simskip_vdb.testing import RowContract
+
+AT_ONCE = Retries(attempts=3, sleep=lambda seconds: None)
 
 
 class QdrantContract(RowContract):
@@ -89,3 +93,17 @@ class TestPath(QdrantContract):
 
     def make_client(self, folder: Path) -> QdrantClient:
         return QdrantClient(path=str(folder / "qdrant"))
+
+
+class TestRest(QdrantContract):
+    """Requests go through the client's REST interface, several at a time."""
+
+    vector = "text"
+
+    def make_client(self, folder: Path) -> QdrantClient:
+        self.server = Server()
+        return self.server.local
+
+    def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        make_collection(self.client, ids, vectors, metric, vector=self.vector)
+        return QdrantStore(self.server.client, "docs", self.vector, retries=AT_ONCE)
