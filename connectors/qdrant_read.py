@@ -44,7 +44,7 @@ class Reader:
     calls: Calls
     layout: Layout
     collection: str
-    shard_key: str | None
+    shard_key: str | int | None
     chosen: models.Filter | None
     streams: int
     slices: int

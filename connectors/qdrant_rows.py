@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ from simskip_vdb.store import Allowed
 
 _QUERIES = 64
 _STREAMS = 4
+_FIRST_ATTEMPTS = 3
 _SETTLE_SECONDS = 12 * 3600
 _POLL_SECONDS = 2.0
 _GUARD, _SLICES = (1, 16), (1, 19)
@@ -74,7 +76,7 @@ class QdrantRows:
         filter: Mapping[str, Any] | models.Filter | None = None,  # noqa: A002 Qdrant's own word
         guard_field: str | None = None,
         batch_delay: float = 0.0,
-        shard_key: str | None = None,
+        shard_key: str | int | None = None,
         streams: int | None = None,
         retries: Retries | None = None,
     ) -> None:
@@ -109,7 +111,7 @@ class QdrantRows:
         self._opened_as = collection
         self._calls = Calls(client, uri_of(client, collection, vector or ""), self._retries)
         self._filter = _parse(filter, self._calls.uri)
-        version = "" if self._local else self._calls("info").version
+        version = "" if self._local else self._first_contact()
         self._version_text = version
         self._version = parse_version(version) if version else ANY_VERSION
         self._collection = self._resolve(collection)
@@ -282,9 +284,23 @@ class QdrantRows:
         )
         return found
 
+    def _first_contact(self) -> str:
+        """Return the server's version; a wrong address shows within seconds."""
+        attempts = min(_FIRST_ATTEMPTS, self._retries.attempts)
+        calls = Calls(self._client, self._calls.uri, replace(self._retries, attempts=attempts))
+        return str(calls("info").version)
+
+    def _aliases(self) -> list[models.AliasDescription]:
+        try:
+            return list(self._calls("get_aliases").aliases)
+        except TransientStoreError:
+            raise
+        except StoreError:  # an API key for one collection may not see them
+            return []
+
     def _resolve(self, name: str) -> str:
         """Return the collection behind a name or an alias."""
-        aliases = self._calls("get_aliases").aliases
+        aliases = self._aliases()
         led = {alias.alias_name: alias.collection_name for alias in aliases}
         found: str = led.get(name, name)
         if not self._calls("collection_exists", collection_name=found):

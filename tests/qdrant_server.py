@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -26,6 +27,7 @@ class Server:
         config: What it says of a collection's configuration, over what is so.
         status: What it says of the optimisers, one after the other; then ``green``.
         seen: Method and path of every request, with its body.
+        watch: Hears of every request.
     """
 
     def __init__(self, version: str = "1.20.1") -> None:
@@ -34,6 +36,7 @@ class Server:
         self.config: dict[str, Any] = {}
         self.status: list[str] = []
         self.seen: list[tuple[str, Any]] = []
+        self.watch: Callable[[httpx.Request], None] = lambda request: None
         self._lock = threading.Lock()
         self.client = QdrantClient(
             url="http://qdrant.test:6333",
@@ -53,6 +56,7 @@ class Server:
         body = json.loads(request.content) if request.content else {}
         with self._lock:
             self.seen.append((name, body))
+            self.watch(request)
             try:
                 return _ok(self._dispatch(name, body))
             except (KeyError, ValueError) as error:
