@@ -10,13 +10,16 @@ from typing import Any, cast
 import numpy as np
 from qdrant_client import QdrantClient, models
 
-from simskip_vdb.datatypes import Ids, Metric, Vectors
+from simskip_vdb.connectors.qdrant_calls import Retries
+from simskip_vdb.connectors.qdrant_store import QdrantStore
+from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors
 
 DISTANCES = {
     Metric.COSINE: models.Distance.COSINE,
     Metric.DOT: models.Distance.DOT,
     Metric.EUCLID: models.Distance.EUCLID,
 }
+AT_ONCE = Retries(attempts=3, sleep=lambda seconds: None)
 OTHER = "image"
 SPARSE = "words"
 
@@ -110,3 +113,16 @@ def _one(vectors: Any, name: str) -> Any:  # noqa: ANN401
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
     return value.model_dump() if isinstance(value, models.SparseVector) else value
+
+
+def store_of(client: QdrantClient, name: str = "docs", **options: Any) -> QdrantStore:  # noqa: ANN401
+    return QdrantStore(client, name, options.pop("vector", "text"), retries=AT_ONCE, **options)
+
+
+def any_row(now: VectorBatch) -> Mask:
+    return np.ones(len(now), np.bool_)
+
+
+def lead(client: QdrantClient, alias: str, name: str) -> None:
+    action = models.CreateAlias(collection_name=name, alias_name=alias)
+    client.update_collection_aliases([models.CreateAliasOperation(create_alias=action)])

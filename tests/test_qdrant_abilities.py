@@ -1,35 +1,37 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient, models
-from qdrant_points import OTHER, digest, make_collection, payload_of, raw_rows, texts
+from qdrant_points import (
+    OTHER,
+    any_row,
+    digest,
+    lead,
+    make_collection,
+    payload_of,
+    raw_rows,
+    store_of,
+    texts,
+)
 from qdrant_server import Server
 
-from simskip_vdb.connectors import open_store
-from simskip_vdb.connectors.qdrant_calls import Retries
 from simskip_vdb.connectors.qdrant_store import QdrantStore
-from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import Ids, Mask, VectorBatch, Vectors, silent
 from simskip_vdb.errors import (
     ConfigError,
     DataError,
     StoreError,
     StoreNotFoundError,
-    TransientStoreError,
     UnsupportedIndexError,
     VerificationError,
 )
 from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable
 
-AT_ONCE = Retries(attempts=3, sleep=lambda seconds: None)
 COUNT, DIM = 60, 8
 
 
@@ -57,19 +59,6 @@ def server(ids: Ids, vectors: Vectors) -> Iterator[Server]:
     make_collection(server.local, ids, vectors, vector="text")
     yield server
     server.close()
-
-
-def store_of(client: QdrantClient, name: str = "docs", **options: Any) -> QdrantStore:  # noqa: ANN401
-    return QdrantStore(client, name, options.pop("vector", "text"), retries=AT_ONCE, **options)
-
-
-def any_row(now: VectorBatch) -> Mask:
-    return np.ones(len(now), np.bool_)
-
-
-def lead(client: QdrantClient, alias: str, name: str) -> None:
-    action = models.CreateAlias(collection_name=name, alias_name=alias)
-    client.update_collection_aliases([models.CreateAliasOperation(create_alias=action)])
 
 
 def test_it_has_every_ability(client: QdrantClient) -> None:
@@ -407,116 +396,3 @@ def test_a_handle_for_reading_writes_nothing(
     ):
         with pytest.raises(ConfigError, match="reading only"):
             action()
-
-
-def test_the_state_of_a_server_has_a_readable_place(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    info = store_of(server.client).info()
-    assert info.uri == "qdrant://qdrant.test:6333/docs?vector=text"
-    assert info.state == tmp_path / "simskip-vdb" / "qdrant.test%3A6333" / "docs" / "text"
-    part = store_of(server.client, filter={"must": [{"key": "v", "match": {"value": 1}}]})
-    assert str(part.info().state).startswith(f"{info.state}-")
-    assert info.kind == "HNSW"
-    assert info.details["version"] == "1.20.1"
-
-
-# The client itself leaves the lock file open where somebody else holds the lock.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_local_folder_is_opened_by_its_address(
-    tmp_path: Path, ids: Ids, vectors: Vectors
-) -> None:
-    folder = tmp_path / "rows"
-    with pytest.raises(StoreNotFoundError, match=r"rows: there is no folder"):
-        open_store(f"qdrant-local:{folder}?collection=docs")
-    assert not folder.exists()
-    client = QdrantClient(path=str(folder))
-    make_collection(client, ids[:5], vectors[:5], Metric.EUCLID)
-    with pytest.raises(StoreError, match="has this folder open"):
-        open_store(f"qdrant-local:{folder}?collection=docs")
-    client.close()
-    with pytest.raises(StoreNotFoundError, match="no collection 'other'; there are: docs"):
-        open_store(f"qdrant-local:{folder}?collection=other")
-    store = open_store(f"qdrant-local:{folder}?collection=docs", read_only=True)
-    assert isinstance(store, QdrantStore)
-    info = store.info()
-    assert info.uri == f"qdrant-local:{folder}?collection=docs"
-    assert info.state == Path(f"{folder}.simskip") / "docs" / "unnamed"
-    assert (info.count, info.metric) == (5, Metric.EUCLID)
-    store.close()
-
-
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "qdrant://me:hunter2@host:6333/docs",
-        "qdrant://host:6333/docs?api_key=hunter2",
-        "qdrant://host:6333/docs?hunter2",
-        "qdrant://host:6333",
-        "qdrant://host:port/docs",
-        "qdrant://host/docs?grpc=maybe",
-        "qdrant://host/docs?batch_delay=-1",
-        "qdrant-local:folder",
-        "qdrant-local:?collection=docs",
-    ],
-)
-def test_addresses_that_make_no_sense_show_no_secret(uri: str) -> None:
-    with pytest.raises(ConfigError) as raised:
-        open_store(uri)
-    assert "hunter2" not in str(raised.value)
-
-
-def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QDRANT_API_KEY", "hunter2")
-    with (
-        pytest.warns(UserWarning, match="insecure"),
-        pytest.raises(TransientStoreError, match=r"qdrant://localhost:9/docs") as raised,
-    ):
-        open_store("qdrant://localhost:9/docs")
-    assert "does the server run" in str(raised.value)
-    assert "hunter2" not in str(raised.value)
-
-
-def test_importing_connectors_does_not_import_the_client() -> None:
-    code = "import sys, simskip_vdb.connectors; sys.exit('qdrant_client' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.skipif("SIMSKIP_QDRANT_URL" not in os.environ, reason="SIMSKIP_QDRANT_URL is not set")
-@pytest.mark.parametrize("grpc", ["false", "true"])
-@pytest.mark.parametrize("metric", list(Metric))
-def test_on_a_server(ids: Ids, vectors: Vectors, grpc: str, metric: Metric) -> None:
-    url = os.environ["SIMSKIP_QDRANT_URL"]
-    client = QdrantClient(url=url)
-    name, live = f"simskip-{uuid4().hex}", f"live-{uuid4().hex}"
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    try:
-        make_collection(client, ids, unit, metric, name=name, vector="text")
-        lead(client, live, name)
-        host = url.partition("://")[2].rstrip("/")
-        store = open_store(f"qdrant://{host}/{live}?vector=text&grpc={grpc}")
-        assert isinstance(store, QdrantStore)
-        before = digest(client, name, "text")
-        assert store.info().count == COUNT
-        np.testing.assert_array_equal(np.concatenate([b.ids for b in store.scan(7)]), ids)
-        batch = VectorBatch(ids=np.append(ids, texts([999])), vectors=-np.vstack([unit, unit[:1]]))
-        assert store.update(batch, any_row).tolist() == [True] * COUNT + [False]
-        store.settle(silent)
-        np.testing.assert_allclose(store.fetch(ids), -unit, rtol=0, atol=1e-6)
-        assert digest(client, name, "text") == before
-        assert (store.search(-unit, 1, {}).ids[:, 0] == ids).all()
-        store.mark({"run": 1})
-        assert store.marker() == {"run": 1}
-        beside = store.vector_beside("text@simskip", create=True)
-        assert beside.update(batch, any_row).sum() == COUNT
-        store.drop_vector_beside("text@simskip")
-        store.copy(f"{name}-2", silent)
-        store.switch(f"{name}-2")
-        store.switch(name)
-        store.drop_copy(f"{name}-2")
-        store.close()
-    finally:
-        client.delete_collection(name)
-        client.delete_collection(f"{name}-2")
-        client.close()

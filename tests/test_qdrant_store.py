@@ -6,16 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from qdrant_client import QdrantClient
-from qdrant_points import make_collection, raw_rows, texts
+from qdrant_points import AT_ONCE, make_collection, raw_rows, texts
 from qdrant_server import Server
 
-from simskip_vdb.connectors.qdrant_calls import Retries
 from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Ids, Metric, Vectors
 from simskip_vdb.store import VectorStore
 from simskip_vdb.testing import RowContract
-
-AT_ONCE = Retries(attempts=3, sleep=lambda seconds: None)
 
 
 class QdrantContract(RowContract):
