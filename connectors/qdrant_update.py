@@ -94,7 +94,9 @@ class Writer:
         self.calls.retry(send, also=StoreNotFoundError)
         if self.delay:
             time.sleep(self.delay)
-        return sent if tries == 1 else sent & self._holding(ids, vectors)
+        if tries == 1 or not self.layout.wait:  # without waiting, nothing can be seen yet
+            return sent
+        return sent & self._holding(ids, vectors)
 
     def _send(self, rows: VectorBatch, vectors: Vectors) -> None:
         name = self.layout.name

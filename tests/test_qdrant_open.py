@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
+from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc
 from qdrant_points import (
     any_row,
     digest,
@@ -22,6 +24,7 @@ from qdrant_server import Server
 
 from simskip_vdb.connectors import open_store
 from simskip_vdb.connectors.qdrant_store import QdrantStore
+from simskip_vdb.connectors.qdrant_update import guard_filter
 from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors, silent
 from simskip_vdb.errors import (
     ConfigError,
@@ -162,3 +165,26 @@ def test_on_a_server(ids: Ids, vectors: Vectors, grpc: str, metric: Metric) -> N
         client.delete_collection(name)
         client.delete_collection(f"{name}-2")
         client.close()
+
+
+def test_filters_go_over_grpc() -> None:
+    rows = VectorBatch(
+        ids=texts([1, 2**64 - 1, str(uuid4())]),
+        vectors=np.zeros((3, 1), np.float32),
+        fields={"v": [1, "x", None]},
+    )
+    part = models.SliceCondition(slice=models.Slice(total=4, index=3))
+    has_vector = models.HasVectorCondition(has_vector="text")
+    for condition in (guard_filter(rows, "v", "here"), part, has_vector):
+        asked = models.Filter(must=[condition])
+        heard = GrpcToRest.convert_filter(RestToGrpc.convert_filter(asked))
+        assert _without_gaps(heard.model_dump()) == _without_gaps(asked.model_dump())
+
+
+def _without_gaps(value: Any) -> Any:  # noqa: ANN401
+    """Leave out what is not set, which gRPC cannot tell from an empty list."""
+    if isinstance(value, list):
+        return [_without_gaps(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _without_gaps(v) for k, v in value.items() if v not in (None, [])}
+    return value

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -104,3 +107,16 @@ class TestRest(QdrantContract):
     def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
         make_collection(self.client, ids, vectors, metric, vector=self.vector)
         return QdrantStore(self.server.client, "docs", self.vector, retries=AT_ONCE)
+
+
+@pytest.mark.skipif("SIMSKIP_QDRANT_URL" not in os.environ, reason="SIMSKIP_QDRANT_URL is not set")
+class TestServer(QdrantContract):
+    """A server, which is written to and read from by several threads."""
+
+    vector = "text"
+    search_params: Mapping[str, Any] = MappingProxyType({"exact": 1})
+
+    def make_client(self, folder: Path) -> QdrantClient:
+        client = QdrantClient(url=os.environ["SIMSKIP_QDRANT_URL"])
+        client.delete_collection("docs")
+        return client
