@@ -17,7 +17,7 @@ from simskip_vdb.connectors.edge_records import search_params
 from simskip_vdb.connectors.edge_rows import PAGE, EdgeRows
 from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
 from simskip_vdb.connectors.qdrant_points import (
-    ID_DTYPE,
+    ID_TEXT,
     choose_vector,
     parse_address,
     parse_filter,
@@ -201,7 +201,7 @@ class EdgeStore:
         """
         array = checked_queries(self._uri, queries, self._settings.dim, k)
         settings = search_params(params, self._uri)
-        ids = np.zeros((len(array), k), ID_DTYPE)
+        ids = np.zeros((len(array), k), ID_TEXT)
         scores = np.full((len(array), k), -np.inf, np.float32)
         for start in range(0, len(array), _QUERY_BLOCK):
             with engine_call(self._uri, "searching"):

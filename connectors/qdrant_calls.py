@@ -20,6 +20,7 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception_type,
+    retry_if_not_exception_type,
     stop_after_attempt,
     wait_random_exponential,
 )
@@ -68,6 +69,10 @@ class _Busy(TransientStoreError):
         self.seconds = seconds
 
 
+class _GivenUp(TransientStoreError):
+    """All tries of a call failed; an action that contains it is not tried again."""
+
+
 class Calls:
     """A client whose methods are called by name."""
 
@@ -101,13 +106,19 @@ class Calls:
     ) -> _Result:
         """Repeat an action while it fails with TransientStoreError, or with `also`, at once."""
         kinds = (TransientStoreError,) if also is None else (TransientStoreError, also)
-        return Retrying(
+        repeat = Retrying(
             stop=stop_after_attempt(self._retries.attempts),
             wait=self._pause,
-            retry=retry_if_exception_type(kinds),
+            retry=retry_if_exception_type(kinds) & retry_if_not_exception_type(_GivenUp),
             sleep=self._retries.sleep,
             reraise=True,
-        )(action)
+        )
+        try:
+            return repeat(action)
+        except _GivenUp:
+            raise
+        except TransientStoreError as error:
+            raise _GivenUp(f"{error} (tried {self._retries.attempts} times)") from error
 
     def _pause(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

@@ -15,7 +15,8 @@ import numpy as np
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric
 from simskip_vdb.errors import ConfigError, UnsupportedIndexError
 
-ID_DTYPE = ID_TEXT
+BESIDE = "@simskip"
+"""How the name of a vector ends that was put beside another."""
 F32_ROUNDING, F16_ROUNDING = 1e-5, 2e-3
 """Relative L2 distance within which a vector is read back."""
 
@@ -107,12 +108,15 @@ def rounding_of(datatype: str | None, uri: str) -> float:
 def choose_vector(names: Iterable[str], wanted: str | None, uri: str) -> str:
     """Return the vector that is meant: the one asked for, or the only one.
 
+    Vectors that were put beside others here (``…@simskip``) are meant only where they are named.
+
     Raises:
         ConfigError: There is no such vector, or there are several and none was named.
     """
     known = sorted(names)
-    if wanted is None and len(known) == 1:
-        return known[0]
+    own = [name for name in known if not name.endswith(BESIDE)]
+    if wanted is None and len(own) == 1:
+        return own[0]
     if wanted is None or wanted not in known:
         shown = ", ".join(name or '"" (unnamed)' for name in known) or "none"
         asked = "name one of its vectors" if wanted is None else f"it has no vector '{wanted}'"

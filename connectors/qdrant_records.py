@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from qdrant_client import models
 
-from simskip_vdb.connectors.qdrant_points import ID_DTYPE, to_ids
+from simskip_vdb.connectors.qdrant_points import ID_TEXT, to_ids
 from simskip_vdb.datatypes import Cursor, Ids, Positions, VectorBatch, Vectors
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -88,9 +88,9 @@ def take_rows(batch: VectorBatch, positions: Positions) -> VectorBatch:
 
 def scan_keys(ids: Ids) -> NDArray[Any]:
     """Return keys that sort as Qdrant scrolls: numbers first, then UUIDs; shape (len(ids),)."""
-    text = ids.astype(ID_DTYPE)
+    text = ids.astype(ID_TEXT)
     numbers = np.char.isdigit(text)
-    padded = np.char.zfill(text, ID_DTYPE.itemsize)
+    padded = np.char.zfill(text, ID_TEXT.itemsize)
     return np.where(numbers, np.char.add(b"0", padded), np.char.add(b"1", text))
 
 

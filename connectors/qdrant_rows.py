@@ -103,7 +103,7 @@ class QdrantRows:
             StoreError: The server does not answer, or refuses.
         """
         self._local = is_local(client)
-        self._client, self._asked_vector = client, vector
+        self._client = client
         self._read_only, self._guard_field = read_only, guard_field
         self._delay, self._shard_key = batch_delay, shard_key
         self._streams = streams or (1 if self._local else _STREAMS)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from qdrant_client import models
 
 from simskip_vdb.connectors.qdrant_layout import Layout
-from simskip_vdb.connectors.qdrant_points import ID_DTYPE, to_ids
+from simskip_vdb.connectors.qdrant_points import ID_TEXT, to_ids
 from simskip_vdb.datatypes import Metric, Neighbors
 from simskip_vdb.errors import ConfigError
 
@@ -55,7 +55,7 @@ def parse_params(
 
 def to_neighbors(answers: Sequence[models.QueryResponse], k: int, metric: Metric) -> Neighbors:
     """Return answers as arrays; a Euclidean distance becomes minus its square."""
-    ids = np.full((len(answers), k), b"", ID_DTYPE)
+    ids = np.full((len(answers), k), b"", ID_TEXT)
     scores = np.full((len(answers), k), -np.inf)
     for row, answer in enumerate(answers):
         ids[row, : len(answer.points)] = to_ids(point.id for point in answer.points)

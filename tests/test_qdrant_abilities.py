@@ -20,6 +20,7 @@ from qdrant_points import (
 )
 from qdrant_server import Server
 
+from simskip_vdb.connectors.qdrant_points import choose_vector
 from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Ids, Mask, VectorBatch, Vectors, silent
 from simskip_vdb.errors import (
@@ -294,6 +295,7 @@ def test_a_vector_beside_is_filled_and_dropped(
         store.vector_beside(OTHER, create=True)
     with pytest.raises(ConfigError, match="own vector"):
         store.drop_vector_beside("text")
+    assert choose_vector(["text", "text@simskip"], None, "here") == "text"
     for _ in range(2):
         store.drop_vector_beside("text@simskip")
     assert digest(client, "docs", "text") == before

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 from qdrant_points import Locked, as_client, digest, make_collection, points_of, raw_rows, texts
 
 from simskip_vdb.connectors.qdrant_calls import Retries
+from simskip_vdb.connectors.qdrant_layout import layout_of
 from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Ids, Mask, VectorBatch, Vectors, silent
 from simskip_vdb.errors import StoreError, StoreNotFoundError, TransientStoreError
@@ -197,6 +200,39 @@ def test_what_cannot_succeed_is_not_tried_again(
     assert not isinstance(raised.value, TransientStoreError)
     assert ("QDRANT_API_KEY" in str(raised.value)) is (error in {"401", "403", "grpc denied"})
     assert faulty.calls.count("update_vectors") == 1
+
+
+def test_an_outage_is_not_tried_again_and_again(
+    client: QdrantClient, ids: Ids, vectors: Vectors
+) -> None:
+    faulty = Faulty(client, "update_vectors", times=10**6)
+    store = store_of(faulty, attempts=4)
+    faulty.before = lambda: setattr(faulty, "method", "retrieve")  # now nothing can be read either
+    with pytest.raises(TransientStoreError, match="tried 4 times"):
+        store.update(batch(ids, vectors), any_row)
+    assert faulty.calls.count("retrieve") <= 6
+
+
+def test_a_polite_writer_waits_after_each_request(
+    client: QdrantClient, ids: Ids, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert store_of(client, batch_delay=0.25).update(batch(ids, vectors), any_row).all()
+    assert slept == [0.25] * 3
+
+
+@pytest.mark.parametrize("dim", [8, 1536, 65536])
+def test_a_request_stays_below_the_limit_of_a_server(dim: int) -> None:
+    with closing(QdrantClient(":memory:")) as client:
+        client.create_collection(
+            "docs", models.VectorParams(size=dim, distance=models.Distance.DOT)
+        )
+        info = client.get_collection("docs")
+    size = layout_of(info, None, "here").write_size(128)
+    row = models.PointVectors(id=2**64 - 1, vector=[-1.2345678806304932e-38] * dim)
+    assert 1 <= size <= 128
+    assert size * len(row.model_dump_json()) < 32 * 2**20
 
 
 @pytest.mark.parametrize("method", ["scroll", "retrieve", "query_batch_points", "count"])

@@ -60,12 +60,15 @@ class TestNamed(QdrantContract):
 class TestSlices(QdrantContract):
     """Slices are read side by side, and merged."""
 
+    metrics = (Metric.DOT,)
     vector = "text"
     streams = 3
 
 
 class TestManyKindsOfIds(QdrantContract):
     """Numbers beyond 2⁶³ and UUIDs."""
+
+    metrics = (Metric.DOT,)
 
     @pytest.fixture
     def ids(self) -> Ids:
@@ -98,6 +101,7 @@ class TestPath(QdrantContract):
 class TestRest(QdrantContract):
     """Requests go through the client's REST interface, several at a time."""
 
+    metrics = (Metric.COSINE, Metric.EUCLID)
     vector = "text"
 
     def make_client(self, folder: Path) -> QdrantClient:
