@@ -11,22 +11,13 @@ from simskip_vdb.durable import disk_errors, make_durable, write_durably
 from simskip_vdb.errors import StoreError
 
 
-def read_note(file: Path, vector: str) -> Mapping[str, Any] | None:
-    """Return the note on a vector; None where there is none.
-
-    Raises:
-        StoreError: The file cannot be read.
-    """
-    return _notes(file).get(vector)
-
-
-def write_note(file: Path, vector: str, note: Mapping[str, Any] | None) -> None:
-    """Leave a note on a vector, durably; None takes it away.
+def write_note(file: Path, label: str, note: Mapping[str, Any] | None) -> None:
+    """Leave a note under a label, durably; None takes it away.
 
     Raises:
         StoreError: The file cannot be read or written.
     """
-    notes = {**_notes(file), vector: note}
+    notes = {**read_notes(file), label: note}
     kept = {name: dict(each) for name, each in notes.items() if each is not None}
     if kept:
         write_durably(file, json.dumps(kept).encode())
@@ -36,7 +27,12 @@ def write_note(file: Path, vector: str, note: Mapping[str, Any] | None) -> None:
             make_durable(file.parent)
 
 
-def _notes(file: Path) -> dict[str, Mapping[str, Any] | None]:
+def read_notes(file: Path) -> dict[str, Mapping[str, Any]]:
+    """Return all notes, by label.
+
+    Raises:
+        StoreError: The file cannot be read.
+    """
     if not file.exists():
         return {}
     with disk_errors(file):

@@ -12,13 +12,16 @@ import numpy as np
 import qdrant_edge as edge
 
 from simskip_vdb.connectors.edge_filters import to_filter
-from simskip_vdb.connectors.edge_notes import read_note, write_note
+from simskip_vdb.connectors.edge_notes import read_notes, write_note
 from simskip_vdb.connectors.edge_records import search_params
 from simskip_vdb.connectors.edge_rows import PAGE, EdgeRows
 from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
 from simskip_vdb.connectors.qdrant_points import (
-    ID_TEXT,
+    about,
     choose_vector,
+    filter_text,
+    label_of,
+    own_note,
     parse_address,
     parse_filter,
     to_ids,
@@ -26,6 +29,7 @@ from simskip_vdb.connectors.qdrant_points import (
 )
 from simskip_vdb.connectors.rows import checked_queries, checked_rows
 from simskip_vdb.datatypes import (
+    ID_TEXT,
     Cursor,
     Ids,
     Mask,
@@ -78,6 +82,7 @@ class EdgeStore:
         self._path = path.resolve()
         self._vector = vector or ""
         self._read_only = read_only
+        self._filter_text = filter_text(filter)
         self._filter = to_filter(filter, self._uri)
         self._guard = guard_field
         self._shard = load_shard(self._path, self._uri)
@@ -98,12 +103,12 @@ class EdgeStore:
         guard_field: str | None = None,
     ) -> EdgeStore:
         """Open ``qdrant-edge:PATH?vector=NAME``; `filter` is what `parse_filter` takes."""
-        address = parse_address(uri)
+        address = parse_address(uri, ("filter",))
         return cls(
             Path(address.place),
             address.vector,
             read_only=read_only,
-            filter=parse_filter(filter),
+            filter=parse_filter(filter or address.options.get("filter")),
             guard_field=guard_field,
         )
 
@@ -134,6 +139,7 @@ class EdgeStore:
             metric=settings.metric,
             exact=settings.exact,
             rounding=settings.rounding,
+            payload=True,
             state=self._state,
             details={
                 **settings.hnsw,
@@ -251,12 +257,13 @@ class EdgeStore:
 
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined this vector; see `Marked.marker`."""
-        return read_note(self._marker, self._vector)
+        return own_note(read_notes(self._marker), self._vector, self._filter_text, self._uri)
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note beside the shard, one for each vector; see `Marked.mark`."""
         self._writable()
-        write_note(self._marker, self._vector, note)
+        whole = about(note, self._vector, self._filter_text)
+        write_note(self._marker, self._label, whole)
 
     def vector_beside(self, name: str, *, create: bool) -> EdgeStore:
         """Return the same rows with the vectors of that name; see `AddsVectors.vector_beside`.
@@ -295,17 +302,31 @@ class EdgeStore:
             self._shard.flush()
 
     @property
-    def _uri(self) -> str:
-        vector = f"?vector={quote(self._vector)}" if self._vector else ""
-        return f"{_SCHEME}:{quote(str(self._path))}{vector}"
+    def vector_name(self) -> str:
+        """Name of the vector; empty for the unnamed one."""
+        return self._vector
 
     @property
-    def _state(self) -> Path:
+    def _uri(self) -> str:
+        options = {"vector": self._vector, "filter": self._filter_text}
+        query = "&".join(f"{name}={quote(value)}" for name, value in options.items() if value)
+        return f"{_SCHEME}:{quote(str(self._path))}{'?' if query else ''}{query}"
+
+    @property
+    def _label(self) -> str:
+        return label_of(self._vector, self._filter_text)
+
+    @property
+    def _states(self) -> Path:
         return self._path.with_name(f"{self._path.name}.simskip")
 
     @property
+    def _state(self) -> Path:
+        return self._states / self._label
+
+    @property
     def _marker(self) -> Path:
-        return self._state / "marker.json"
+        return self._states / "marker.json"
 
     def _choose(self, vector: str | None, *, gives: bool = False) -> None:
         config = read_config(self._path, self._uri)

@@ -23,15 +23,17 @@ _KEY = "simskip-copy-of"
 _BYTES = 16_000_000
 _PAYLOAD_BYTES = 8_000
 _NUMBER_BYTES = 22
+_ROUNDS = 3
 _MOST = 64
 
 
 def copy_collection(
     calls: Calls, source: str, target: str, layout: Layout, progress: Progress
 ) -> None:
-    """Copy a collection, or complete a copy, and compare all but one vector of every point.
+    """Copy a collection, or bring a copy up to date, and compare all but one vector of every point.
 
-    Points that the copy has already are left as they are.
+    Points of the copy whose payload and other vectors are the same are left as they are; points
+    that differ are copied again, and points that are gone are removed.
 
     Args:
         calls: The client.
@@ -43,7 +45,8 @@ def copy_collection(
     Raises:
         ConfigError: There is a collection of that name that is no such copy.
         UnsupportedIndexError: The collection is sharded by keys of its own.
-        VerificationError: A point of the copy is not what the collection holds.
+        VerificationError: A point of the copy still is not what the collection holds: it is written
+            to all the time.
     """
     found = _describe(calls, source)
     if layout.sharded:
@@ -53,13 +56,27 @@ def copy_collection(
         )
     _create(calls, source, target, found)
     size = _page_size(found, layout)
-    total = calls("count", collection_name=source).count
-    done = 0
-    for records in _pages(calls, source, size):
-        _add_missing(calls, target, records)
-        done += len(records)
-        progress("copy", done, total)
-    _compare(calls, source, target, size, layout.name, progress)
+    for _ in range(_ROUNDS):
+        _bring_over(calls, source, target, size, layout.name, progress)
+        if _difference(calls, source, target, size, layout.name, progress) is None:
+            return
+    compare(calls, source, target, layout, progress)
+
+
+def compare(calls: Calls, source: str, target: str, layout: Layout, progress: Progress) -> None:
+    """Make sure that a copy holds what the collection holds, but for one vector of every point.
+
+    Raises:
+        VerificationError: It does not.
+    """
+    size = _page_size(_describe(calls, source), layout)
+    different = _difference(calls, source, target, size, layout.name, progress)
+    if different is not None:
+        raise VerificationError(
+            f"{calls.uri}: point {different} of the copy '{target}' is not what '{source}' holds: "
+            "one of them was written to. Write to both, or stop writing, and run the same command "
+            "again"
+        )
 
 
 def create_vector(calls: Calls, collection: str, name: str, like: models.VectorParams) -> None:
@@ -163,46 +180,61 @@ def _create(calls: Calls, source: str, target: str, found: models.CollectionInfo
             )
 
 
-def _add_missing(calls: Calls, target: str, records: Sequence[models.Record]) -> None:
-    there = calls(
-        "retrieve",
-        collection_name=target,
-        ids=[record.id for record in records],
-        with_payload=False,
-        with_vectors=False,
-    )
-    known = {record.id for record in there}
-    points = [
-        models.PointStruct(id=r.id, payload=r.payload or {}, vector=_input(r.vector))
-        for r in records
-        if r.id not in known
-    ]
-    if points:
-        calls("upsert", collection_name=target, points=points)
-
-
-def _compare(
+def _bring_over(
     calls: Calls, source: str, target: str, size: int, refined: str, progress: Progress
 ) -> None:
+    """Copy points that the copy lacks or has otherwise, and remove those that are gone."""
     done, total = 0, calls("count", collection_name=source).count
     for records in _pages(calls, source, size):
-        copies = calls(
-            "retrieve",
-            collection_name=target,
-            ids=[record.id for record in records],
-            with_payload=True,
-            with_vectors=True,
-        )
-        held = {record.id: record for record in copies}
+        held = _held(calls, target, records)
+        points = [
+            models.PointStruct(id=r.id, payload=r.payload or {}, vector=_input(r.vector))
+            for r in records
+            if r.id not in held or not _same(r, held[r.id], refined)
+        ]
+        if points:
+            calls("upsert", collection_name=target, points=points)
+        done += len(records)
+        progress("copy", done, total)
+    for records in _pages(calls, target, size, contents=False):
+        held = _held(calls, source, records, contents=False)
+        gone = [record.id for record in records if record.id not in held]
+        if gone:
+            calls("delete", collection_name=target, points_selector=gone)
+
+
+def _difference(
+    calls: Calls, source: str, target: str, size: int, refined: str, progress: Progress
+) -> object:
+    """Return the id of a point that differs; None where none does."""
+    done, total = 0, calls("count", collection_name=source).count
+    for records in _pages(calls, source, size):
+        held = _held(calls, target, records)
         for record in records:
             if record.id not in held or not _same(record, held[record.id], refined):
-                raise VerificationError(
-                    f"{calls.uri}: point {record.id} of the copy '{target}' is not what "
-                    f"'{source}' holds; was it written to meanwhile? Remove the copy, or write it "
-                    "there, too, and run the same command again"
-                )
+                return record.id
         done += len(records)
         progress("compare", done, total)
+    for records in _pages(calls, target, size, contents=False):
+        held = _held(calls, source, records, contents=False)
+        for record in records:
+            if record.id not in held:
+                return record.id
+    return None
+
+
+def _held(
+    calls: Calls, collection: str, records: Sequence[models.Record], *, contents: bool = True
+) -> dict[Any, models.Record]:
+    """Return those of these points that a collection holds, by id."""
+    found = calls(
+        "retrieve",
+        collection_name=collection,
+        ids=[record.id for record in records],
+        with_payload=contents,
+        with_vectors=contents,
+    )
+    return {record.id: record for record in found}
 
 
 def _same(one: models.Record, other: models.Record, refined: str) -> bool:
@@ -225,7 +257,9 @@ def _close(one: Any, other: Any) -> bool:  # noqa: ANN401 dense, sparse or a lis
     return float(np.linalg.norm(left - right)) <= scale * max(F32_ROUNDING, F16_ROUNDING)
 
 
-def _pages(calls: Calls, collection: str, size: int) -> Iterator[Sequence[models.Record]]:
+def _pages(
+    calls: Calls, collection: str, size: int, *, contents: bool = True
+) -> Iterator[Sequence[models.Record]]:
     start = None
     while True:
         records, start = calls(
@@ -233,8 +267,8 @@ def _pages(calls: Calls, collection: str, size: int) -> Iterator[Sequence[models
             collection_name=collection,
             limit=size,
             offset=start,
-            with_payload=True,
-            with_vectors=True,
+            with_payload=contents,
+            with_vectors=contents,
         )
         if records:
             yield records

@@ -15,16 +15,12 @@ _KEY = "simskip"
 _FILE = "marker.json"
 
 
-def read_metadata(calls: Calls, collection: str, label: str) -> Mapping[str, Any] | None:
-    """Return the note for one vector from the collection's metadata; None where there is none."""
-    return _notes(calls, collection).get(label)
-
-
 def write_metadata(
     calls: Calls, collection: str, label: str, note: Mapping[str, Any] | None
 ) -> None:
     """Leave a note for one vector in the collection's metadata; everything else in it stays."""
-    notes = {name: kept for name, kept in _notes(calls, collection).items() if name != label}
+    there = read_metadata(calls, collection)
+    notes = {name: dict(kept) for name, kept in there.items() if name != label}
     if note is not None:
         notes[label] = dict(note)
     # Keys are merged into what is there, and null takes one away.
@@ -59,6 +55,7 @@ def write_file(folder: Path, note: Mapping[str, Any] | None) -> None:
             make_durable(folder)
 
 
-def _notes(calls: Calls, collection: str) -> dict[str, Any]:
+def read_metadata(calls: Calls, collection: str) -> Mapping[str, Mapping[str, Any]]:
+    """Return all notes in the collection's metadata, by label."""
     config = calls("get_collection", collection_name=collection).config
     return dict((config.metadata or {}).get(_KEY) or {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -20,7 +19,7 @@ LOCAL = "qdrant-local"
 _HTTP = {"qdrant": "http", "qdrant+https": "https"}
 _PORT, _GRPC_PORT = 6333, 6334
 _TIMEOUT = 120
-_COMMON = ("batch_delay", "shard_key")
+_COMMON = ("batch_delay", "filter", "shard_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +32,7 @@ class Target:
         vector: Name of the vector; None where none was given.
         batch_delay: Seconds to wait after every request that writes.
         shard_key: The shard key that requests carry, if any.
+        filter: Which points are rows, as `parse_filter` takes it, if not all are.
     """
 
     client: QdrantClient
@@ -40,6 +40,7 @@ class Target:
     vector: str | None
     batch_delay: float
     shard_key: str | None
+    filter: str | None
 
 
 def open_address(uri: str) -> Target:
@@ -73,6 +74,7 @@ def open_address(uri: str) -> Target:
         vector=address.vector,
         batch_delay=_number(address.options, "batch_delay", 0.0),
         shard_key=address.options.get("shard_key"),
+        filter=address.options.get("filter"),
     )
 
 
@@ -82,26 +84,21 @@ def is_local(client: QdrantClient) -> bool:
     return options["path"] is not None or options["location"] == ":memory:"
 
 
-def uri_of(client: QdrantClient, collection: str, vector: str) -> str:
+def uri_of(
+    client: QdrantClient, collection: str, vector: str, filter_json: str | None = None
+) -> str:
     """Return the address of a vector, without secrets."""
     options = client.init_options
-    name = f"vector={quote(vector)}" if vector else ""
-    if options["path"] is not None:
-        query = "&".join(filter(None, (f"collection={quote(collection)}", name)))
-        return f"{LOCAL}:{options['path']}?{query}"
-    query = f"?{name}" if name else ""
+    local = options["path"] is not None
+    shown = {"collection": collection if local else "", "vector": vector, "filter": filter_json}
+    query = "&".join(f"{name}={quote(value)}" for name, value in shown.items() if value)
+    query = f"?{query}" if query else ""
+    if local:
+        return f"{LOCAL}:{options['path']}{query}"
     if options["location"] == ":memory:":
         return f"qdrant::memory:/{collection}{query}"
     scheme, host = _endpoint(client)
     return f"{'qdrant+https' if scheme == 'https' else 'qdrant'}://{host}/{collection}{query}"
-
-
-def label_of(vector: str, filter_json: str | None) -> str:
-    """Return a file name for a vector, and for a filter if there is one."""
-    name = quote(vector, safe="")
-    # Percent-encoded, a vector that is called like the unnamed one keeps apart from it.
-    label = {"": "unnamed", "unnamed": "%75nnamed"}.get(name, name)
-    return label if filter_json is None else f"{label}-{_short_hash(filter_json)}"
 
 
 def state_of(client: QdrantClient, collection: str, label: str) -> Path | None:
@@ -175,7 +172,3 @@ def _number(options: Mapping[str, str], name: str, default: float) -> float:
     if not 0 <= number < float("inf"):
         raise ConfigError(f"{name} is a number from 0 up, not {options[name]}")
     return number
-
-
-def _short_hash(text: str) -> str:
-    return sha256(text.encode()).hexdigest()[:8]

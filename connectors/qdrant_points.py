@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 from uuid import UUID
 
 import numpy as np
@@ -144,3 +145,72 @@ def parse_filter(text: str | None) -> Mapping[str, Any] | None:
     with suppress(ValueError):
         value = json.loads(value)
     return {"must": [{"key": field, "match": {"value": value}}]}
+
+
+def label_of(vector: str, filter_json: str | None) -> str:
+    """Return a file name for a vector, and for a filter if there is one."""
+    name = quote(vector, safe="")
+    # Percent-encoded, a vector that is called like the unnamed one keeps apart from it.
+    label = {"": "unnamed", "unnamed": "%75nnamed"}.get(name, name)
+    return (
+        label if filter_json is None else f"{label}-{sha256(filter_json.encode()).hexdigest()[:8]}"
+    )
+
+
+def filter_text(found: Mapping[str, Any] | None) -> str | None:
+    """Return a filter as text that is the same for equal filters; None for None."""
+    return None if found is None else json.dumps(found, sort_keys=True, separators=(",", ":"))
+
+
+def about(note: Mapping[str, Any] | None, vector: str, text: str | None) -> dict[str, Any] | None:
+    """Return a note that also says which rows it is about; None for None."""
+    return None if note is None else {**note, "vector": vector, "filter": text}
+
+
+def own_note(
+    notes: Mapping[str, Mapping[str, Any]], vector: str, text: str | None, uri: str
+) -> Mapping[str, Any] | None:
+    """Return the note about these rows, as it was left, and see that no row has two.
+
+    Args:
+        notes: All notes by `label_of` their rows, each with what `about` added.
+        vector: The vector that is meant.
+        text: The filter that is meant, as `filter_text` has it.
+        uri: The store's address.
+
+    Raises:
+        ConfigError: Rows that pass may have been refined under another filter already.
+    """
+    for note in notes.values():
+        other = note.get("filter")
+        if note.get("vector") == vector and other != text and not _disjoint(text, other):
+            raise ConfigError(
+                f"{uri}: rows of this vector were refined under {_shown(other)}, and may pass "
+                f"{_shown(text)}, too; a row is never refined twice. Use that filter, or roll that "
+                "refinement back first"
+            )
+    own = notes.get(label_of(vector, text))
+    if own is None:
+        return None
+    return {name: value for name, value in own.items() if name not in ("vector", "filter")}
+
+
+def _disjoint(one: str | None, other: str | None) -> bool:
+    """Tell filters that surely share no row: matches of one field with different values."""
+    keys = [_only_match(text) for text in (one, other)]
+    return None not in keys and keys[0][0] == keys[1][0] and keys[0][1] != keys[1][1]  # type: ignore[index]
+
+
+def _only_match(text: str | None) -> tuple[str, object] | None:
+    found = {} if text is None else json.loads(text)
+    must = found.get("must")
+    if set(found) != {"must"} or not isinstance(must, list) or len(must) != 1:
+        return None
+    match = must[0].get("match", {})
+    if set(must[0]) != {"key", "match"} or set(match) != {"value"}:
+        return None
+    return must[0]["key"], match["value"]
+
+
+def _shown(text: str | None) -> str:
+    return "no filter" if text is None else f"the filter {text}"

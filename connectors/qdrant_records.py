@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from qdrant_client import models
 
-from simskip_vdb.connectors.qdrant_points import ID_TEXT, to_ids
-from simskip_vdb.datatypes import Cursor, Ids, Positions, VectorBatch, Vectors
+from simskip_vdb.connectors.qdrant_points import to_ids
+from simskip_vdb.datatypes import ID_TEXT, Cursor, Ids, Positions, VectorBatch, Vectors
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 

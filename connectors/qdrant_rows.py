@@ -23,10 +23,10 @@ from simskip_vdb.connectors.qdrant_layout import (
 )
 from simskip_vdb.connectors.qdrant_open import (
     is_local,
-    label_of,
     state_of,
     uri_of,
 )
+from simskip_vdb.connectors.qdrant_points import filter_text, label_of
 from simskip_vdb.connectors.qdrant_read import Reader
 from simskip_vdb.connectors.qdrant_records import find_ids
 from simskip_vdb.connectors.qdrant_search import parse_params, to_neighbors
@@ -111,12 +111,16 @@ class QdrantRows:
         self._opened_as = collection
         self._calls = Calls(client, uri_of(client, collection, vector or ""), self._retries)
         self._filter = _parse(filter, self._calls.uri)
+        chosen = self._filter
+        self._filter_text = filter_text(
+            None if chosen is None else chosen.model_dump(mode="json", exclude_none=True)
+        )
         version = "" if self._local else self._first_contact()
         self._version_text = version
         self._version = parse_version(version) if version else ANY_VERSION
         self._collection = self._resolve(collection)
         self._layout = layout_of(self._describe(), vector, self._calls.uri)
-        self._uri = uri_of(client, collection, self._layout.name)
+        self._uri = uri_of(client, collection, self._layout.name, self._filter_text)
         self._calls.uri = self._uri
         self._reader = self._make_reader(fill=False)
         self._before_writing = self._reader
@@ -138,7 +142,8 @@ class QdrantRows:
             metric=layout.metric,
             exact=layout.exact,
             rounding=layout.rounding,
-            state=state_of(self._client, self._collection, self._label),
+            payload=True,
+            state=state_of(self._client, self._opened_as, self._label),
             details=details_of(layout, found, self._version_text),
         )
 
@@ -254,8 +259,7 @@ class QdrantRows:
 
     @property
     def _label(self) -> str:
-        shown = None if self._filter is None else self._filter.model_dump_json(exclude_none=True)
-        return label_of(self._layout.name, shown)
+        return label_of(self._layout.name, self._filter_text)
 
     def _writable(self) -> None:
         if self._read_only:

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from qdrant_client import models
 
 from simskip_vdb.connectors.qdrant_layout import Layout
-from simskip_vdb.connectors.qdrant_points import ID_TEXT, to_ids
-from simskip_vdb.datatypes import Metric, Neighbors
+from simskip_vdb.connectors.qdrant_points import to_ids
+from simskip_vdb.datatypes import ID_TEXT, Metric, Neighbors
 from simskip_vdb.errors import ConfigError
 
 _QUANTIZATION = frozenset(models.QuantizationSearchParams.model_fields)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.connectors.qdrant_copy import (
+    compare,
     copy_collection,
     create_vector,
     drop_copy,
@@ -20,6 +21,7 @@ from simskip_vdb.connectors.qdrant_marker import (
     write_metadata,
 )
 from simskip_vdb.connectors.qdrant_open import open_address, state_of
+from simskip_vdb.connectors.qdrant_points import about, own_note, parse_filter
 from simskip_vdb.connectors.qdrant_rows import QdrantRows
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import ConfigError
@@ -36,7 +38,7 @@ class QdrantStore(QdrantRows):
         uri: str,
         *,
         read_only: bool,
-        filter: Mapping[str, Any] | None = None,  # noqa: A002 Qdrant's own word
+        filter: str | Mapping[str, Any] | None = None,  # noqa: A002 Qdrant's own word
         guard_field: str | None = None,
     ) -> QdrantStore:
         """Open ``qdrant://HOST:PORT/COLLECTION``, ``qdrant+https://…`` or ``qdrant-local:PATH``.
@@ -46,13 +48,14 @@ class QdrantStore(QdrantRows):
         environment variable ``QDRANT_API_KEY``.
         """
         target = open_address(uri)
+        text = filter or target.filter
         try:
             return cls(
                 target.client,
                 target.collection,
                 target.vector,
                 read_only=read_only,
-                filter=filter,
+                filter=parse_filter(text) if isinstance(text, str) else text,
                 guard_field=guard_field,
                 batch_delay=target.batch_delay,
                 shard_key=target.shard_key,
@@ -64,7 +67,8 @@ class QdrantStore(QdrantRows):
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined this vector; see `Marked.marker`."""
         if self._version >= _METADATA:
-            return read_metadata(self._calls, self._collection, self._label)
+            notes = read_metadata(self._calls, self._collection)
+            return own_note(notes, self._layout.name, self._filter_text, self._uri)
         return read_file(self._state())
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
@@ -75,9 +79,20 @@ class QdrantStore(QdrantRows):
         """
         self._writable()
         if self._version >= _METADATA:
-            write_metadata(self._calls, self._collection, self._label, note)
+            whole = about(note, self._layout.name, self._filter_text)
+            write_metadata(self._calls, self._collection, self._label, whole)
         else:
             write_file(self._state(), note)
+
+    @property
+    def vector_name(self) -> str:
+        """Name of the vector; empty for the unnamed one."""
+        return self._layout.name
+
+    @property
+    def collection(self) -> str:
+        """Name of the collection, whatever alias it was opened by."""
+        return self._collection
 
     def vector_beside(self, name: str, *, create: bool) -> QdrantStore:
         """Return the same rows with the vectors of that name; see `AddsVectors.vector_beside`."""
@@ -126,18 +141,30 @@ class QdrantStore(QdrantRows):
         copy_collection(self._calls, self._collection, name, self._layout, progress)
         return self._sibling(name, self._layout.name, fill=False)
 
+    def compare(self, name: str, progress: Progress) -> None:
+        """Compare a copy with this collection, but for this vector; see `Copied.compare`."""
+        compare(self._calls, self._collection, name, self._layout, progress)
+
+    def other(self, name: str) -> QdrantStore:
+        """Return the same vector of another collection, opened the same way."""
+        return self._sibling(name, self._layout.name, fill=False)
+
     def switch(self, name: str) -> None:
         """Let the alias lead to a collection; see `Copied.switch`.
 
         This store stays with the collection that it was opened with.
         """
         self._writable()
+        self.check_alias()
+        switch_alias(self._calls, self._opened_as, name)
+
+    def check_alias(self) -> None:
+        """Make sure that there is an alias to switch; see `Copied.check_alias`."""
         if self._opened_as == self._collection:
             raise ConfigError(
                 f"{self._uri}: '{self._collection}' is the collection's own name; open the store "
                 "by the alias that your application uses, and that can lead elsewhere"
             )
-        switch_alias(self._calls, self._opened_as, name)
 
     def drop_copy(self, name: str) -> None:
         """Remove a collection that `copy` made; see `Copied.drop_copy`.
@@ -149,7 +176,7 @@ class QdrantStore(QdrantRows):
         drop_copy(self._calls, self._collection, name)
 
     def _state(self) -> Path:
-        folder = state_of(self._client, self._collection, self._label)
+        folder = state_of(self._client, self._opened_as, self._label)
         assert folder is not None  # only servers are too old to hold a note, and those have one
         return folder
 

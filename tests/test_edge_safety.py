@@ -110,7 +110,7 @@ def test_read_only_refuses_every_write(folder: Path, vectors: Vectors) -> None:
 def test_notes(folder: Path, vectors: Vectors) -> None:
     rich_shard(folder, vectors).close()
     with EdgeStore(folder, "text") as store:
-        assert store.info().state == Path(f"{folder}.simskip")
+        assert store.info().state == Path(f"{folder}.simskip/text")
         assert store.marker() is None
         store.mark(None)
         store.mark({"refiner": "one"})

@@ -258,16 +258,30 @@ def test_an_old_server_names_what_it_lacks(
 def test_notes_of_two_vectors_and_other_metadata_stay(client: QdrantClient) -> None:
     client.update_collection("docs", metadata={"owner": "search team"})
     text, image = store_of(client), store_of(client, vector=OTHER)
-    part = store_of(client, filter={"must": [{"key": "group", "match": {"value": 1}}]})
-    for number, store in enumerate((text, image, part)):
+    for number, store in enumerate((text, image)):
         assert store.marker() is None
         store.mark({"run": number})
     text.mark({"run": 7})
-    assert [s.marker() for s in (text, image, part)] == [{"run": 7}, {"run": 1}, {"run": 2}]
-    for store in (text, image, part):
+    assert [s.marker() for s in (text, image)] == [{"run": 7}, {"run": 1}]
+    for store in (text, image):
         store.mark(None)
         assert store.marker() is None
     assert client.get_collection("docs").config.metadata == {"owner": "search team"}
+
+
+def test_rows_are_refined_under_one_filter_only(client: QdrantClient) -> None:
+    def part(group: int) -> QdrantStore:
+        return store_of(client, filter={"must": [{"key": "group", "match": {"value": group}}]})
+
+    part(1).mark({"run": 1})
+    assert part(1).marker() == {"run": 1}
+    assert part(2).marker() is None
+    some = {"must": [{"key": "v", "range": {"gte": 1}}]}
+    for store in (store_of(client), store_of(client, filter=some)):
+        with pytest.raises(ConfigError, match=r"refined under the filter .*\"group\""):
+            store.marker()
+    part(1).mark(None)
+    assert store_of(client).marker() is None
 
 
 def test_a_vector_beside_is_filled_and_dropped(
@@ -339,12 +353,19 @@ def test_collections_of_others_are_left_alone(
         store_of(client, "live").switch("nowhere")
 
 
-def test_a_copy_that_differs_is_noticed(client: QdrantClient) -> None:
+def test_a_copy_that_differs_is_noticed_and_brought_up_to_date(client: QdrantClient) -> None:
     store = store_of(client)
     store.copy("docs-2", silent)
-    client.set_payload("docs-2", {"v": 1}, [4])
-    with pytest.raises(VerificationError, match="point 4 of the copy 'docs-2'"):
-        store.copy("docs-2", silent)
+    store.compare("docs-2", silent)
+    (batch,) = store.scan(1000)
+    first, last = batch.ids[[0, -1]].astype(int).tolist()
+    client.set_payload("docs-2", {"v": "another"}, [first])
+    with pytest.raises(VerificationError, match=f"point {first} of the copy 'docs-2'"):
+        store.compare("docs-2", silent)
+    client.delete("docs", [last])
+    store.copy("docs-2", silent)
+    store.compare("docs-2", silent)
+    assert client.count("docs-2").count == client.count("docs").count
 
 
 def test_every_setting_is_copied(server: Server) -> None:
