@@ -56,9 +56,10 @@ def copy_collection(
         )
     _create(calls, source, target, found)
     size = _page_size(found, layout)
+    others = _others(found, layout)
     for _ in range(_ROUNDS):
-        _bring_over(calls, source, target, size, layout.name, progress)
-        if _difference(calls, source, target, size, layout.name, progress) is None:
+        _bring_over(calls, source, target, size, others, progress)
+        if _difference(calls, source, target, size, others, progress) is None:
             return
     compare(calls, source, target, layout, progress)
 
@@ -69,8 +70,9 @@ def compare(calls: Calls, source: str, target: str, layout: Layout, progress: Pr
     Raises:
         VerificationError: It does not.
     """
-    size = _page_size(_describe(calls, source), layout)
-    different = _difference(calls, source, target, size, layout.name, progress)
+    found = _describe(calls, source)
+    size, others = _page_size(found, layout), _others(found, layout)
+    different = _difference(calls, source, target, size, others, progress)
     if different is not None:
         raise VerificationError(
             f"{calls.uri}: point {different} of the copy '{target}' is not what '{source}' holds: "
@@ -181,7 +183,12 @@ def _create(calls: Calls, source: str, target: str, found: models.CollectionInfo
 
 
 def _bring_over(
-    calls: Calls, source: str, target: str, size: int, refined: str, progress: Progress
+    calls: Calls,
+    source: str,
+    target: str,
+    size: int,
+    others: Mapping[str, float],
+    progress: Progress,
 ) -> None:
     """Copy points that the copy lacks or has otherwise, and remove those that are gone."""
     done, total = 0, calls("count", collection_name=source).count
@@ -190,7 +197,7 @@ def _bring_over(
         points = [
             models.PointStruct(id=r.id, payload=r.payload or {}, vector=_input(r.vector))
             for r in records
-            if r.id not in held or not _same(r, held[r.id], refined)
+            if r.id not in held or not _same(r, held[r.id], others)
         ]
         if points:
             calls("upsert", collection_name=target, points=points)
@@ -204,14 +211,19 @@ def _bring_over(
 
 
 def _difference(
-    calls: Calls, source: str, target: str, size: int, refined: str, progress: Progress
+    calls: Calls,
+    source: str,
+    target: str,
+    size: int,
+    others: Mapping[str, float],
+    progress: Progress,
 ) -> object:
     """Return the id of a point that differs; None where none does."""
     done, total = 0, calls("count", collection_name=source).count
     for records in _pages(calls, source, size):
         held = _held(calls, target, records)
         for record in records:
-            if record.id not in held or not _same(record, held[record.id], refined):
+            if record.id not in held or not _same(record, held[record.id], others):
                 return record.id
         done += len(records)
         progress("compare", done, total)
@@ -237,24 +249,34 @@ def _held(
     return {record.id: record for record in found}
 
 
-def _same(one: models.Record, other: models.Record, refined: str) -> bool:
+def _others(found: models.CollectionInfo, layout: Layout) -> Mapping[str, float]:
+    """Return within what relative distance each other dense vector is read back."""
+    return {
+        name: F16_ROUNDING if params.datatype is models.Datatype.FLOAT16 else F32_ROUNDING
+        for name, params in vectors_of(found).items()
+        if name != layout.name
+    }
+
+
+def _same(one: models.Record, other: models.Record, others: Mapping[str, float]) -> bool:
     if (one.payload or {}) != (other.payload or {}):
         return False
     left, right = _by_name(one.vector), _by_name(other.vector)
-    return left.keys() == right.keys() and all(
-        name == refined or _close(left[name], right[name]) for name in left
+    if left.keys() != right.keys():
+        return False
+    if any(left[n] != right[n] for n in left if isinstance(left[n], models.SparseVector)):
+        return False
+    return all(
+        _close(left[name], right[name], others[name]) for name in left.keys() & others.keys()
     )
 
 
-def _close(one: Any, other: Any) -> bool:  # noqa: ANN401 dense, sparse or a list of vectors
-    if isinstance(one, models.SparseVector):
-        return bool(one == other)
+def _close(one: Any, other: Any, rounding: float) -> bool:  # noqa: ANN401 lists of numbers
     left, right = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if left.shape != right.shape:
         return False
-    scale = float(np.linalg.norm(left))
-    # A cosine vector may be normalised once more, and that of a float16 rounded once more.
-    return float(np.linalg.norm(left - right)) <= scale * max(F32_ROUNDING, F16_ROUNDING)
+    # A cosine vector may have been normalised once more.
+    return float(np.linalg.norm(left - right)) <= rounding * float(np.linalg.norm(left))
 
 
 def _pages(

@@ -1,5 +1,9 @@
 """The engines of Qdrant that run in this process, each with a small judged collection."""
 
+# ruff: noqa: ANN401 ids are numbers or UUIDs, and engines take options of their own
+
+# ruff: noqa: ANN401 ids are numbers or UUIDs, and engines take options of their own
+
 from __future__ import annotations
 
 import hashlib
@@ -84,7 +88,7 @@ class Engine(ABC):
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     @abstractmethod
-    def open(self, **options: Any) -> Any:  # noqa: ANN401 a context manager of a store
+    def open(self, **options: Any) -> Any:  # a context manager of a store
         """Open the collection as a store, and let go of it afterwards."""
 
     @abstractmethod
@@ -92,7 +96,7 @@ class Engine(ABC):
         """Insert or replace points."""
 
     @abstractmethod
-    def move(self, point: Any, row: Vectors) -> None:  # noqa: ANN401 a number or a UUID
+    def move(self, point: Any, row: Vectors) -> None:
         """Give a point another vector."""
 
     @abstractmethod
@@ -191,4 +195,4 @@ class Edge(Engine):
         with self.shard() as shard:
             request = edge.ScrollRequest(limit=10**6, with_payload=True, with_vector=True)
             records = shard.scroll(request)[0]
-            return [(str(r.id), dict(r.vector), dict(r.payload)) for r in records]  # type: ignore[call-overload,arg-type]
+            return [(str(r.id), dict(r.vector), dict(r.payload)) for r in records]  # type: ignore[arg-type]

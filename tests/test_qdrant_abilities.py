@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from qdrant_client import QdrantClient, models
 from qdrant_points import (
     OTHER,
+    SPARSE,
     any_row,
     digest,
     lead,
@@ -234,27 +234,6 @@ def test_slices_are_read_where_the_server_has_them(
     assert seen == (set(range(slices)) if slices > 1 else set())
 
 
-def test_an_old_server_names_what_it_lacks(
-    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    server.version = "1.15.4"
-    store = store_of(server.client)
-    too_new: list[tuple[Callable[[], object], str]] = [
-        (lambda: store_of(server.client, guard_field="v"), "1.16"),
-        (lambda: store.vector_beside("new", create=True), "1.18"),
-        (lambda: store.copy("docs-2", silent), "1.16"),
-    ]
-    for action, version in too_new:
-        with pytest.raises(ConfigError, match=rf"needs Qdrant {version}.*is 1\.15"):
-            action()
-    store.mark({"by": "me"})
-    assert store.marker() == {"by": "me"}
-    assert not server.bodies("PATCH .*")
-    store.mark(None)
-    assert store.marker() is None
-
-
 def test_notes_of_two_vectors_and_other_metadata_stay(client: QdrantClient) -> None:
     client.update_collection("docs", metadata={"owner": "search team"})
     text, image = store_of(client), store_of(client, vector=OTHER)
@@ -353,19 +332,35 @@ def test_collections_of_others_are_left_alone(
         store_of(client, "live").switch("nowhere")
 
 
-def test_a_copy_that_differs_is_noticed_and_brought_up_to_date(client: QdrantClient) -> None:
+def test_points_that_are_gone_leave_the_copy(client: QdrantClient) -> None:
     store = store_of(client)
     store.copy("docs-2", silent)
-    store.compare("docs-2", silent)
-    (batch,) = store.scan(1000)
-    first, last = batch.ids[[0, -1]].astype(int).tolist()
-    client.set_payload("docs-2", {"v": "another"}, [first])
-    with pytest.raises(VerificationError, match=f"point {first} of the copy 'docs-2'"):
+    client.delete("docs", [4])
+    with pytest.raises(VerificationError, match="point 4 of the copy 'docs-2'"):
         store.compare("docs-2", silent)
-    client.delete("docs", [last])
     store.copy("docs-2", silent)
     store.compare("docs-2", silent)
     assert client.count("docs-2").count == client.count("docs").count
+
+
+@pytest.mark.parametrize("what", ["payload", "other vector", "sparse vector", "missing"])
+def test_a_copy_that_differs_is_noticed_and_brought_up_to_date(
+    client: QdrantClient, what: str
+) -> None:
+    store = store_of(client)
+    store.copy("docs-2", silent)
+    if what == "payload":
+        client.set_payload("docs-2", {"v": 1}, [4])
+    elif what == "missing":
+        client.delete_vectors("docs-2", [OTHER], [4])
+    else:
+        sparse = models.SparseVector(indices=[4, 10], values=[1.0, 0.25])
+        other: Any = {SPARSE: sparse} if what == "sparse vector" else {OTHER: [4.0, 1.0, -0.999]}
+        client.update_vectors("docs-2", [models.PointVectors(id=4, vector=other)])
+    with pytest.raises(VerificationError, match="point 4 of the copy 'docs-2'"):
+        store.compare("docs-2", silent)
+    store.copy("docs-2", silent)
+    store.compare("docs-2", silent)
 
 
 def test_every_setting_is_copied(server: Server) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -65,6 +65,27 @@ def test_the_state_of_a_server_has_a_readable_place(
     assert str(part.info().state).startswith(f"{info.state}-")
     assert info.kind == "HNSW"
     assert info.details["version"] == "1.20.1"
+
+
+def test_an_old_server_names_what_it_lacks(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    server.version = "1.15.4"
+    store = store_of(server.client)
+    too_new: list[tuple[Callable[[], object], str]] = [
+        (lambda: store_of(server.client, guard_field="v"), "1.16"),
+        (lambda: store.vector_beside("new", create=True), "1.18"),
+        (lambda: store.copy("docs-2", silent), "1.16"),
+    ]
+    for action, version in too_new:
+        with pytest.raises(ConfigError, match=rf"needs Qdrant {version}.*is 1\.15"):
+            action()
+    store.mark({"by": "me"})
+    assert store.marker() == {"by": "me"}
+    assert not server.bodies("PATCH .*")
+    store.mark(None)
+    assert store.marker() is None
 
 
 # The client itself leaves the lock file open where somebody else holds the lock.
