@@ -30,9 +30,8 @@ from simskip_vdb.reindex import (
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import Report, undo_command
 from simskip_vdb.reporting import build_report, forecast, summarise, written_part
-from simskip_vdb.rows import fingerprint_of
 from simskip_vdb.store import FileBacked, VectorStore
-from simskip_vdb.targets import holding
+from simskip_vdb.targets import check_same_mode, holds
 from simskip_vdb.workspace import (
     Settings,
     Workspace,
@@ -145,6 +144,8 @@ def refine(
     settings = settings or Settings()
     _check_output(store, settings, settings.fit.side if settings.refiner is None else None)
     with open_workspace(store, judgments, settings, progress) as space:
+        if not isinstance(store, FileBacked):
+            check_same_mode(space.journal, settings.mode)
         refiner = _refiner(space, progress)
         _check_output(store, settings, refiner.side)
         if settings.dry_run:
@@ -205,17 +206,17 @@ def rollback(
         ConfigError: There is nothing to roll back.
         JournalError: The state is damaged, or which original belongs where is ambiguous.
     """
-    folder = state_folder(store, state)
+    folder, info = state_folder(store, state), store.info()
     if not (folder / "manifest.json").is_file():
-        raise ConfigError(f"{store.info().uri} was never refined: there is no {folder}")
-    with Journal(folder, store.info()) as journal:
+        raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
+    with Journal(folder, info) as journal:
         check_marker(store, journal)
         recover(store, journal)
         done = roll_back(store, journal, progress)
-        forget_elsewhere(store)
+        forget_elsewhere(info.state)
     return {
         "schema": 1,
-        "index": store.info().uri,
+        "index": info.uri,
         "exact": done.exact,
         "restored": done.restored,
         "kept": done.kept,
@@ -249,12 +250,17 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "refined": refined,
         "copy_of": journal.manifest.copy_of,
         "interrupted": journal.manifest.pending is not None,
-        "changed_since": current is not None
-        and fingerprint(holding(store, current)) != current.fingerprint,
+        "changed_since": current is not None and _changed(store, journal, current),
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
     }
+
+
+def _changed(store: VectorStore, journal: Journal, current: Write) -> bool:
+    if isinstance(store, FileBacked):
+        return fingerprint(store) != current.fingerprint
+    return not holds(store, journal, current)
 
 
 def _reindex(
@@ -434,8 +440,7 @@ def _unchanged(space: Workspace) -> bool:
     if isinstance(space.store, FileBacked):
         return fingerprint(space.store) == current.fingerprint
     if current.mode == NEW_VECTOR:
-        read = fingerprint_of(found.rows.ids, found.digests)
-        return (read, fingerprint(space.held_by)) == (current.before, current.fingerprint)
+        return holds(space.store, space.journal, current)
     return (
         found.theirs == 0
         and current.written is not None

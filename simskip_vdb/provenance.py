@@ -127,7 +127,7 @@ class LiveRows:
         writes = (journal.manifest.pending, journal.manifest.current)
         rounding = store.info().rounding
         self._writes = [
-            _LiveWrite(journal, write, rounding)
+            WrittenRows(journal, write, rounding)
             for write in writes
             if write is not None and write.refiner and write.mode != NEW_VECTOR
         ]
@@ -146,10 +146,11 @@ class LiveRows:
         return vectors, ours
 
 
-class _LiveWrite:
-    """The rows of one write, finished or not."""
+class WrittenRows:
+    """Tells the rows of one write, finished or not, from others."""
 
     def __init__(self, journal: Journal, write: Write, rounding: float) -> None:
+        """Take the write, and within what relative distance vectors are read back."""
         self._rows = journal.open_originals(write)
         self._place = Lookup(self._rows.ids)
         self._refiner = Refiner.load(journal.refiners / write.refiner)
@@ -161,6 +162,7 @@ class _LiveWrite:
             self._digests[places[places >= 0]] = digests[places >= 0]
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
+        """Return each row's original, shape (b, d), and whether it is of this write, (b,)."""
         places = self._place.find(batch.ids)
         known = np.flatnonzero(places >= 0)
         originals = batch.vectors.copy()

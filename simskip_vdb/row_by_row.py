@@ -22,7 +22,16 @@ from simskip_vdb.provenance import SCAN_ROWS, Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
 from simskip_vdb.store import Check
-from simskip_vdb.targets import InPlace, RowStore, fingerprint, make_target, mark
+from simskip_vdb.targets import (
+    AsRead,
+    InPlace,
+    RowStore,
+    fingerprint,
+    is_restored,
+    make_target,
+    mark,
+    rows_before,
+)
 
 FEWEST = 100  # rows, below which a share of them says little
 
@@ -97,15 +106,17 @@ def write(
         summary=summary,
     )
     journal.announce(write)
+    held = rows_before(journal, write) if mode != NEW_VECTOR else found.rows
+    read_then = AsRead(found.rows.ids, found.digests, held, store.info())
     try:
         receiving = target.open(progress)
         mark(receiving, _note(journal, refiner))
-        sending = _Sending(target, receiving, found, refine, progress)
+        sending = _Sending(target, receiving, found, read_then, refine, progress)
         sending.send()
         receiving.settle(progress)
         read = sending.verify()
         accept(receiving)
-        target.finish(found.rows.ids, found.digests, progress)
+        target.finish(read_then, progress)
     except TransientStoreError:
         raise
     except Exception:
@@ -141,12 +152,9 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
     originals = journal.open_originals(write)
     done = target.rollback(write, progress)
     after = fingerprint(done.store)
-    digests = np.concatenate(
-        [np.empty(0, np.uint64), *(row_digests(block) for _, block in originals.blocks())]
-    )
+    exact = is_restored(done.store, originals)
     journal.settle(happened=True, done=undo)
     mark(done.store, None)
-    exact = after == fingerprint_of(originals.ids, digests)
     return RolledBack(exact=exact, restored=done.rows, kept=done.left, fingerprint=after)
 
 
@@ -215,10 +223,11 @@ class _Sending:
         target: InPlace,
         store: RowStore,
         found: Snapshot,
+        read: AsRead,
         refine: Refine,
         progress: Progress,
     ) -> None:
-        self._target, self._store = target, store
+        self._target, self._store, self._read = target, store, read
         self._found, self._refine, self._progress = found, refine, progress
         self._lookup = Lookup(found.rows.ids)
         self._sent = np.zeros(len(found.rows), np.bool_)
@@ -299,7 +308,7 @@ class _Sending:
 
     def _unchanged(self, now: VectorBatch) -> Mask:
         """Tell which rows are still as they were read."""
-        return self._target.unchanged(now, self._found.digests[self._lookup.find(now.ids)])
+        return self._target.unchanged(now, self._read)
 
     def _check_first(self, part: slice, batch: VectorBatch) -> None:
         """Look at the first rows written before writing any more."""

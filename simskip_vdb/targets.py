@@ -7,10 +7,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, Mask, Progress, VectorBatch
+from simskip_vdb.datatypes import Ids, Mask, Progress, StoreInfo, VectorBatch
 from simskip_vdb.errors import ConfigError, StoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.provenance import SCAN_ROWS, LiveRows, Lookup, near
+from simskip_vdb.provenance import SCAN_ROWS, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
 from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable, VectorStore
 
@@ -29,6 +29,31 @@ class Restored(NamedTuple):
     left: int
 
 
+class AsRead:
+    """The rows as they were read, to tell later whether somebody changed them.
+
+    A store may give back a vector with other last digits from one moment to the next (the client's
+    local mode normalises what it searches), so where it is not exact, near is the same.
+    """
+
+    def __init__(self, ids: Ids, digests: Digests, rows: Rows, info: StoreInfo) -> None:
+        """Take ids and digests as they were read, and rows on disk that held these vectors."""
+        self._digests, self._rows = digests, rows
+        self._read, self._kept = Lookup(ids), Lookup(rows.ids)
+        self._tolerance = 0.0 if info.exact else info.rounding
+
+    def same(self, now: VectorBatch) -> Mask:
+        """Tell which of these rows are as they were read; rows that were not there are not."""
+        places = self._read.find(now.ids)
+        same = (places >= 0) & (row_digests(now.vectors) == self._digests[places])
+        kept = self._kept.find(now.ids)
+        doubtful = np.flatnonzero(~same & (places >= 0) & (kept >= 0))
+        if self._tolerance and len(doubtful):
+            then = self._rows.take(kept[doubtful])
+            same[doubtful] = near(now.vectors[doubtful], then, self._tolerance)
+        return np.asarray(same)
+
+
 class InPlace:
     """Refined vectors replace the vectors of the rows."""
 
@@ -42,23 +67,12 @@ class InPlace:
         """Return the store that receives refined vectors."""
         return self.store
 
-    def unchanged(self, now: VectorBatch, digests: Digests) -> Mask:
-        """Tell which of the rows about to be written still are what was read.
+    def unchanged(self, now: VectorBatch, read: AsRead) -> Mask:
+        """Tell which of the rows about to be written, in the store that is written, are as read."""
+        return read.same(now)
 
-        Args:
-            now: The rows in the store that is written.
-            digests: Digests of these rows as they were read, shape (b,).
-        """
-        return np.asarray(row_digests(now.vectors) == digests)
-
-    def finish(self, ids: Ids, digests: Digests, progress: Progress) -> None:
-        """Let the refined vectors take effect.
-
-        Args:
-            ids: Rows as they were read.
-            digests: Digests of their vectors then.
-            progress: Hears of rows done.
-        """
+    def finish(self, read: AsRead, progress: Progress) -> None:
+        """Let the refined vectors take effect, in rows that are as they were read."""
 
     def undo(self, write: Write, progress: Progress) -> None:
         """Leave everything as it was before a write that failed or will not be finished."""
@@ -88,12 +102,11 @@ class NewVector(InPlace):
         assert isinstance(target, RowWritable)
         return target
 
-    def unchanged(self, now: VectorBatch, digests: Digests) -> Mask:
-        """Tell which rows' own vectors still are what was read; see `InPlace.unchanged`."""
+    def unchanged(self, now: VectorBatch, read: AsRead) -> Mask:
+        """Tell which rows' own vectors are as read; see `InPlace.unchanged`."""
         source = self.store.peek(now.ids)
-        places = Lookup(now.ids).find(source.ids)
         same = np.zeros(len(now), np.bool_)
-        same[places] = row_digests(source.vectors) == digests[places]
+        same[Lookup(now.ids).find(source.ids)] = read.same(source)
         return same
 
     def undo(self, write: Write, progress: Progress) -> None:
@@ -139,13 +152,11 @@ class NewCollection(InPlace):
         assert isinstance(target, RowWritable)
         return target
 
-    def finish(self, ids: Ids, digests: Digests, progress: Progress) -> None:
+    def finish(self, read: AsRead, progress: Progress) -> None:
         """Bring over what the application wrote meanwhile, compare, and switch the alias."""
         target = self.open(progress)
-        lookup = Lookup(ids)
         for batch in self.store.scan(SCAN_ROWS):
-            places = lookup.find(batch.ids)
-            changed = (places < 0) | (row_digests(batch.vectors) != digests[places])
+            changed = ~read.same(batch)
             if changed.any():
                 newer = VectorBatch(ids=batch.ids[changed], vectors=batch.vectors[changed])
                 target.update(newer, _any)
@@ -163,7 +174,7 @@ class NewCollection(InPlace):
             return Restored(self.store, 0, 0)
         origin = self._copies.other(write.origin)
         assert isinstance(origin, Copied)
-        if fingerprint(self.store) == write.fingerprint:
+        if holds(self.store, self._journal, write):
             try:
                 origin.compare(write.target, progress)
             except VerificationError:
@@ -173,6 +184,20 @@ class NewCollection(InPlace):
                 origin.drop_copy(write.target)
                 return Restored(origin, 0 if write.written is None else write.written.rows, 0)
         return super().rollback(write, progress)
+
+
+def check_same_mode(journal: Journal, mode: str) -> None:
+    """Make sure that an index is not refined in two modes at a time.
+
+    Raises:
+        ConfigError: It was refined in another mode before.
+    """
+    for write in (journal.manifest.pending, journal.manifest.current):
+        if write is not None and write.refiner and write.mode != mode:
+            raise ConfigError(
+                f"{journal.manifest.index} was refined by --mode {write.mode}; go on with that, or "
+                "roll it back first"
+            )
 
 
 def make_target(
@@ -189,12 +214,7 @@ def make_target(
     Raises:
         ConfigError: The store cannot do that, or it was refined in another mode before.
     """
-    for write in (journal.manifest.pending, journal.manifest.current):
-        if write is not None and write.refiner and write.mode != mode:
-            raise ConfigError(
-                f"{store.info().uri} was refined by --mode {write.mode}; go on with that, or roll "
-                "it back first"
-            )
+    check_same_mode(journal, mode)
     if mode == NEW_VECTOR:
         return NewVector(store, journal)
     if mode == NEW_COLLECTION:
@@ -208,6 +228,38 @@ def holding(store: VectorStore, write: Write | None) -> VectorStore:
         return store
     assert isinstance(store, AddsVectors)
     return store.vector_beside(write.target, create=False)
+
+
+def holds(store: VectorStore, journal: Journal, write: Write) -> bool:
+    """Tell whether every row is as a write left it, and there is no other."""
+    place = holding(store, write)
+    ours = WrittenRows(journal, write, place.info().rounding)
+    count = 0
+    for batch in place.scan(SCAN_ROWS):
+        if not ours.originals(batch)[1].all():
+            return False
+        count += len(batch)
+    if write.written is None or count != write.written.rows:
+        return False
+    return write.mode != NEW_VECTOR or is_restored(store, journal.open_originals(write))
+
+
+def is_restored(store: VectorStore, originals: Rows) -> bool:
+    """Tell whether a store holds these rows and no others."""
+    info, lookup = store.info(), Lookup(originals.ids)
+    count = 0
+    for batch in store.scan(SCAN_ROWS):
+        places = lookup.find(batch.ids)
+        if (places < 0).any():
+            return False
+        then = originals.take(places)
+        same = row_digests(batch.vectors) == row_digests(then)
+        if not info.exact:
+            same |= near(batch.vectors, then, info.rounding)
+        if not same.all():
+            return False
+        count += len(batch)
+    return count == len(originals)
 
 
 def fingerprint(store: VectorStore) -> str:
@@ -238,7 +290,7 @@ def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) 
     lookup = Lookup(rows.ids)
     rounding = store.info().rounding
 
-    def due() -> Iterator[tuple[VectorBatch, Digests, int]]:
+    def due() -> Iterator[tuple[VectorBatch, VectorBatch, int]]:
         done, total = 0, store.info().count
         for batch in store.scan(SCAN_ROWS):
             _, mine = ours.originals(batch)
@@ -248,15 +300,15 @@ def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) 
             wrong = ~near(batch.vectors[chosen], vectors, rounding)
             done += len(batch)
             progress("restore", done, total)
-            left = VectorBatch(ids=batch.ids[chosen[wrong]], vectors=vectors[wrong])
-            yield left, row_digests(batch.vectors[chosen[wrong]]), len(batch)
+            ids = batch.ids[chosen[wrong]]
+            now = VectorBatch(ids=ids, vectors=batch.vectors[chosen[wrong]])
+            yield VectorBatch(ids=ids, vectors=vectors[wrong]), now, len(batch)
 
     restored = seen = 0
-    for batch, digests, size in due():
+    for batch, now, size in due():
         seen += size
         if len(batch):
-            allowed = _Unchanged(batch.ids, digests)
-            restored += int(store.update(batch, allowed).sum())
+            restored += int(store.update(batch, _Unchanged(now, store.info())).sum())
     store.settle(progress)
     left = sum(len(batch) for batch, _, _ in due())
     if left:
@@ -274,14 +326,15 @@ def mark(store: VectorStore, note: dict[str, object] | None) -> None:
 
 
 class _Unchanged:
-    """Lets rows go that still have the digest they were read with."""
+    """Lets rows go that are as they were read a moment ago."""
 
-    def __init__(self, ids: Ids, digests: Digests) -> None:
-        self._lookup, self._digests = Lookup(ids), digests
+    def __init__(self, read: VectorBatch, info: StoreInfo) -> None:
+        self._lookup, self._vectors = Lookup(read.ids), read.vectors
+        self._tolerance = 0.0 if info.exact else info.rounding
 
     def __call__(self, now: VectorBatch) -> Mask:
-        known = self._digests[self._lookup.find(now.ids)]
-        return np.asarray(row_digests(now.vectors) == known)
+        then = self._vectors[self._lookup.find(now.ids)]
+        return near(now.vectors, then, self._tolerance)
 
 
 def _any(now: VectorBatch) -> Mask:

@@ -377,9 +377,8 @@ def point_elsewhere(store: VectorStore, folder: Path) -> None:
         write_durably(usual / POINTER, str(folder).encode())
 
 
-def forget_elsewhere(store: VectorStore) -> None:
-    """Take back what `point_elsewhere` left."""
-    usual = store.info().state
+def forget_elsewhere(usual: Path | None) -> None:
+    """Take back what `point_elsewhere` left in the usual place of a state."""
     if usual is None:
         return
     pointer = usual / POINTER

@@ -344,9 +344,7 @@ def test_points_that_are_gone_leave_the_copy(client: QdrantClient) -> None:
 
 
 @pytest.mark.parametrize("what", ["payload", "other vector", "sparse vector", "missing"])
-def test_a_copy_that_differs_is_noticed_and_brought_up_to_date(
-    client: QdrantClient, what: str
-) -> None:
+def test_a_copy_that_differs_is_brought_up_to_date(client: QdrantClient, what: str) -> None:
     store = store_of(client)
     store.copy("docs-2", silent)
     if what == "payload":
