@@ -55,7 +55,7 @@ class Comparison:
         ties: Queries that stayed equal.
         losses: Queries that lost.
         level: One-sided level of the look; None where the measure is only described.
-        interval: Interval of `delta` with `level` in each tail; None where `level` is.
+        interval: Interval of `delta` with `level` in each tail; only where `p` reaches `level`.
         p: One-sided p of a gain, by sign flips; None where `level` is.
         p_harm: One-sided p of a loss; None where `level` is.
     """
@@ -220,18 +220,19 @@ def _gain_reasons(evidence: Evidence) -> list[str]:
             f"only {chosen.queries} test queries: at least {MIN_QUERIES} are needed to prove a "
             "gain; add judged queries"
         )
-    if chosen.interval is None or not chosen.interval[0] > 0:
-        interval = "unknown" if chosen.interval is None else _range(chosen.interval)
-        reasons.append(
-            f"{name} goes from {chosen.before:.4f} to {chosen.after:.4f} ({chosen.delta:+.4f}), "
-            f"but the interval of the gain at look {evidence.look} is {interval}, which is not "
-            "above 0; more judged queries would narrow it"
-        )
+    change = f"{name} goes from {chosen.before:.4f} to {chosen.after:.4f} ({chosen.delta:+.4f})"
     if chosen.p is None or not chosen.p <= level:
         p = "unknown" if chosen.p is None else f"{chosen.p:.3g}"
         reasons.append(
-            f"the gain of {name} could be chance: p is {p} and look {evidence.look} at this test "
-            f"set needs {level:.3g} or less; fresh test queries would start again at look 1"
+            f"{change}, which could be chance: p is {p} and look {evidence.look} at this test set "
+            f"needs {level:.3g} or less; more judged queries would tell, and fresh test queries "
+            "would start again at look 1"
+        )
+    elif chosen.interval is None or not chosen.interval[0] > 0:
+        interval = "unknown" if chosen.interval is None else _range(chosen.interval)
+        reasons.append(
+            f"{change}, but the interval of the gain at look {evidence.look} is {interval}, which "
+            "is not above 0; more judged queries would narrow it"
         )
     return reasons
 

@@ -12,12 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.errors import MissingDependencyError
-from simskip_vdb.gate import HARM_LEVEL, Comparison, LateRows
+from simskip_vdb.gate import HARM_LEVEL, Comparison, LateRows, look_level
 
 Scores = NDArray[np.float64]
 
-_FEWEST_RESAMPLES = 10_000
-_MOST_RESAMPLES = 1_000_000
+_RESAMPLES = 4_999
+"""Fewest resamples of a comparison."""
+_EXACT = 12
+"""Most queries that moved of which all sign flips are gone through."""
 _BATCH_NUMBERS = 1 << 21
 """Numbers drawn at once."""
 _ROUNDING = 1e-12
@@ -49,7 +51,11 @@ def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Co
     """Compare one measure before and after on the same queries.
 
     Intervals are percentile bootstraps of the mean difference (Efron & Tibshirani, 1993, chapter
-    13); p is a sign-flip permutation test (exact where all flips are fewer than the resamples).
+    13); p is a sign-flip test, exact for a few queries that moved and otherwise by random flips.
+
+    Both err where most queries gain a little and few lose much, as those few may be missing from
+    the test queries; the stricter the level, the more. So at levels of later looks one more query
+    is assumed, which loses as much as any query moved, and p and `interval` are with it.
 
     Args:
         before: Shape (m,), at least one query.
@@ -64,8 +70,13 @@ def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Co
     if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
         raise ValueError(f"cannot pair scores of shapes {before.shape} and {after.shape}")
     deltas = _rounded(after - before)
-    ci95, interval = _intervals(deltas, level, seed)
-    p, p_harm = (None, None) if level is None else _sign_flips(deltas, level, seed)
+    ci95 = _bootstrap(deltas, 0.025, seed)
+    p, p_harm, interval = None, None, None
+    if level is not None:
+        tested = _with_missing_loss(deltas) if level < look_level(1) else deltas
+        p, p_harm = _sign_flips(tested, level, seed)
+        # So strict a level needs many resamples, and matters only where p reaches it.
+        interval = _bootstrap(tested, level, seed) if p <= level else None
     return Comparison(
         queries=len(deltas),
         before=float(before.mean()),
@@ -139,68 +150,101 @@ def late_row_share(
     return LateRows(before=shares[0], after=shares[1], ratio=ratio)
 
 
+def _with_missing_loss(deltas: Scores) -> Scores:
+    return np.append(deltas, -np.abs(deltas).max())
+
+
 def _rounded(deltas: Scores) -> Scores:
     return np.where(np.abs(deltas) < _ROUNDING, 0.0, deltas)
-
-
-def _resamples(level: float) -> int:
-    """Return enough resamples to tell p at `level`: fifty beyond it are expected at the border."""
-    wanted = min(math.ceil(50 / level), _MOST_RESAMPLES)
-    # (1 + 0) / (1 + resamples) is the least p that can be shown.
-    return max(wanted, _FEWEST_RESAMPLES, math.ceil(1 / level))
 
 
 Interval = tuple[float, float]
 
 
-def _intervals(
-    deltas: Scores, level: float | None, seed: int
-) -> tuple[Interval | None, Interval | None]:
+def _bootstrap(deltas: Scores, tail: float, seed: int) -> Interval | None:
+    """Return the interval of the mean with `tail` on either side; None for a single query."""
     if len(deltas) < 2:
-        return None, None
+        return None
     if np.ptp(deltas) == 0:
-        same = (float(deltas[0]), float(deltas[0]))
-        return same, None if level is None else same
-    drawn = _stats().bootstrap(
-        (deltas,),
-        np.mean,
-        method="percentile",
-        n_resamples=_resamples(0.025 if level is None else level),
-        batch=max(1, _BATCH_NUMBERS // len(deltas)),
-        random_state=np.random.default_rng(seed),
+        return float(deltas[0]), float(deltas[0])
+    found = (
+        _stats()
+        .bootstrap(
+            (deltas,),
+            np.mean,
+            method="percentile",
+            confidence_level=1 - 2 * tail,
+            n_resamples=_resamples(tail),
+            batch=max(1, _BATCH_NUMBERS // len(deltas)),
+            random_state=np.random.default_rng(seed),
+        )
+        .confidence_interval
     )
-    means = drawn.bootstrap_distribution
-    return _percentiles(means, 0.025), None if level is None else _percentiles(means, level)
+    return float(found.low), float(found.high)
 
 
-def _percentiles(resampled: Scores, tail: float) -> Interval:
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return float(low), float(high)
+def _resamples(level: float) -> int:
+    """Return enough resamples to tell p at `level`: ten beyond it are expected at the border."""
+    return max(_RESAMPLES, math.ceil(10 / level))
 
 
 def _sign_flips(deltas: Scores, level: float, seed: int) -> tuple[float, float]:
-    """Return the one-sided p of a gain and of a loss."""
+    """Return the one-sided p of a gain and of a loss.
+
+    A p that `_RESAMPLES` flips show to be far above the level is reported from those. Otherwise
+    as many are drawn afresh as the level needs. The result is a p-value all the same: it is at or
+    below any t only if that of the first flips is, or, below their bound, that of the second.
+    """
     moved = deltas[deltas != 0]
     if len(moved) == 0:
         return 1.0, 1.0
+    if len(moved) <= _EXACT:
+        return _all_flips(moved)
+    rng = np.random.default_rng(seed)
+    p, p_harm = _random_flips(moved, _RESAMPLES, rng)
+    # Flips that reach the observed sum, of a p at the level, exceed this once in a million.
+    reach = _stats().binom.isf(1e-6, _RESAMPLES, level)
+    if _resamples(level) == _RESAMPLES or p > (reach + 1) / (_RESAMPLES + 1):
+        return p, p_harm
+    return _random_flips(moved, _resamples(level), rng)
+
+
+def _all_flips(moved: Scores) -> tuple[float, float]:
     if len(moved) == 1:
         return (0.5, 1.0) if moved[0] > 0 else (1.0, 0.5)
-    resamples = _resamples(level)
     tested = _stats().permutation_test(
         (moved,),
         np.sum,
         permutation_type="samples",
         alternative="greater",
         vectorized=True,
+        n_resamples=np.inf,
+    )
+    losing = _at_most(tested.null_distribution, moved)
+    return float(tested.pvalue), losing / len(tested.null_distribution)
+
+
+def _random_flips(moved: Scores, resamples: int, rng: np.random.Generator) -> tuple[float, float]:
+    def total(kept: NDArray[np.int8], axis: int) -> Scores:
+        return (2 * kept - 1) @ moved  # (batch,)
+
+    tested = _stats().monte_carlo_test(
+        np.ones(len(moved), np.int8),
+        lambda size: rng.integers(0, 2, size, np.int8),
+        total,
+        vectorized=True,
         n_resamples=resamples,
         batch=max(1, _BATCH_NUMBERS // len(moved)),
-        random_state=np.random.default_rng(seed),
+        alternative="greater",
     )
-    # The same flips serve the other side; an exact test has no observation to add.
-    null, added = tested.null_distribution, int(2 ** len(moved) > resamples)
+    # The same flips serve the other side.
+    losing = _at_most(tested.null_distribution, moved)
+    return float(tested.pvalue), (1 + losing) / (1 + resamples)
+
+
+def _at_most(null: Scores, moved: Scores) -> int:
     tolerance = 1e-12 * float(np.abs(moved).sum())
-    losing = np.count_nonzero(null <= tested.statistic + tolerance) + added
-    return float(tested.pvalue), min(1.0, float(losing / (len(null) + added)))
+    return int(np.count_nonzero(null <= moved.sum() + tolerance))
 
 
 def _stats() -> ModuleType:

@@ -167,7 +167,7 @@ def test_every_failed_condition_is_listed() -> None:
     decision = decide(
         evidence(chosen=worst, strata={"seen": stratum}, late_rows=late, growing=True)
     )
-    assert len(decision.reasons) == 6
+    assert len(decision.reasons) == 5
 
 
 def test_nothing_measured_is_refused_unless_accepted() -> None:

@@ -52,7 +52,7 @@ def test_rounding_is_a_tie() -> None:
 
 
 def test_intervals_agree_with_the_normal_approximation() -> None:
-    deltas = np.random.default_rng(0).normal(0.02, 0.2, 400)
+    deltas = np.random.default_rng(0).normal(0.05, 0.2, 400)
     found = compare(np.zeros(400), deltas, FIRST, 0)
     error = deltas.std() / np.sqrt(400)
     assert found.ci95 is not None
@@ -77,7 +77,8 @@ def test_same_seed_gives_the_same_and_order_of_queries_hardly_matters() -> None:
 @pytest.mark.parametrize("change", [0.0, 0.25, -0.25])
 def test_equal_deltas(change: float) -> None:
     found = compare(np.full(40, 0.5), np.full(40, 0.5) + change, FIRST, 0)
-    assert found.ci95 == found.interval == (change, change)
+    assert found.ci95 == (change, change)
+    assert found.interval == ((change, change) if change > 0 else None)
     assert found.p is not None
     assert found.p_harm is not None
     if change == 0:
@@ -105,6 +106,33 @@ def test_resamples_grow_with_the_look() -> None:
         found = compare(np.zeros(60), deltas, look_level(look), 0)
         assert found.p is not None
         assert found.p <= look_level(look) / 10
+
+
+def test_later_looks_assume_a_loss_that_the_test_queries_miss() -> None:
+    # Thirty queries gain a little. One loss of the same size leaves p at 2^-30 of a few flips,
+    # so that only the interval and p of what was assumed tell the looks apart.
+    deltas = np.array([0.02] * 15 + [0.04] * 14 + [0.4])
+    first, later = (compare(np.zeros(30), deltas, look_level(look), 0) for look in (1, 2))
+    assumed = compare(np.zeros(31), np.append(deltas, -0.4), look_level(1), 0)
+    assert (first.queries, later.queries, first.delta) == (30, 30, later.delta)
+    assert first.p is not None
+    assert first.p <= look_level(2)
+    assert later.p == assumed.p
+    assert later.p is not None
+    assert later.p > look_level(2)
+
+
+def test_p_that_is_far_from_the_level_is_that_of_the_first_flips() -> None:
+    deltas = np.random.default_rng(4).normal(0.01, 0.2, 60)
+    far = [compare(np.zeros(60), deltas, look_level(look), 0) for look in (2, 30)]
+    assert far[0].p == far[1].p
+    assert far[1].interval is None
+
+
+def test_p_of_random_flips_agrees_with_all_flips() -> None:
+    eighths = [3, 2, 2, 1, 1, 1, 4, -1, -2, 3, 1, 2, -1, 2]
+    found = compare(np.zeros(14), np.array(eighths) / 8, FIRST, 0)
+    assert (found.p, found.p_harm) == pytest.approx(exact_p([e / 8 for e in eighths]), abs=0.01)
 
 
 def test_scipy_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
