@@ -30,8 +30,9 @@ Exit codes:
   130  interrupted; the same command resumes"""
 
 SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,
-validation and test; a query never changes its split. Rows of the index that are NaN, infinite or
-zero are left as they are."""
+validation and test; a query never changes its split. Fewer than 150 queries are cross-fitted by
+refine instead: each is scored by one of five refiners that never saw it. Rows of the index that
+are NaN, infinite or zero are left as they are."""
 
 
 @click.group(

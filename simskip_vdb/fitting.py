@@ -84,7 +84,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     if not len(judged.queries[Split.VALIDATION]):
         # Nothing to choose by: all of f, as published; the gate will find nothing measured.
         fitted = fit("fit", problem, Plan(steps=settings.steps, alpha=1.0, beta=1.0))
-        return _recorded(fitted.refiner, space, problem, _info(fitted, key))
+        return recorded(fitted.refiner, space, problem, _info(fitted, key))
     fitted = fit("fit", problem, None)
     info = _info(fitted, key)
     measured = measure(space, fitted.refiner, Split.VALIDATION)
@@ -92,7 +92,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     info["validation"] = asdict(measured[0])
     refiner = fitted.refiner
     if refiner.is_identity:
-        return _recorded(refiner, space, problem, info)
+        return recorded(refiner, space, problem, info)
     late = choose_late_rows(space)
     probe = fit("probe", replace(problem, late=late), fitted.plan).refiner
     share, rule = treat_late_rows(space, probe, late)
@@ -102,10 +102,10 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         whole = replace(problem, usable=space.usable & ~space.twins(space.held(Split.TEST)))
         refiner = fit("fit on all rows", whole, fitted.plan).refiner
         problem = whole
-    return _recorded(replace(refiner, late=rule), space, problem, info)
+    return recorded(replace(refiner, late=rule), space, problem, info)
 
 
-def _recorded(
+def recorded(
     refiner: Refiner, space: Workspace, problem: Problem, info: Mapping[str, Any]
 ) -> Refiner:
     """Note in a refiner what it learnt from and was chosen by, which proves nothing about it."""
@@ -212,6 +212,9 @@ def _feed(digest: Any, *arrays: NDArray[Any]) -> None:  # noqa: ANN401 hashlib's
 
 def describe(info: Mapping[str, Any]) -> str:
     """Say what validation said of a fit."""
+    if "folds" in info:
+        still = sum(not (alpha or beta) for _, alpha, beta in info["folds"])
+        return f"in {still} of {len(info['folds'])} folds the vectors as they are validated best"
     found = info.get("choice")
     if found is None:
         return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,22 @@ from simskip_vdb.evaluation import (
     seen_queries,
     worst_regressions,
 )
-from simskip_vdb.gate import Decision, Evidence, LateRows, decide_ann, look_level
+from simskip_vdb.gate import (
+    Comparison,
+    Decision,
+    Evidence,
+    LateRows,
+    decide_ann,
+    look_level,
+)
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import row_digests
 from simskip_vdb.store import VectorStore
 from simskip_vdb.workspace import Blocks, Workspace
 
+CROSS_FITTED = "cross-fitted"
+"""Stands for a split where every query was scored by a refiner that never saw it."""
 ANN_PROBES = 200  # rows that stand in for queries where none were given
 
 
@@ -37,7 +46,7 @@ class Measured:
     """What one split says of a refiner, as plain JSON values.
 
     Attributes:
-        split: Which queries.
+        split: Which queries, or `CROSS_FITTED`.
         measures: Comparison of each measure, the chosen one first.
         strata: The chosen measure over ``seen`` and ``unseen`` queries; None where there are none.
         regressions: The queries that lost most.
@@ -51,6 +60,27 @@ class Measured:
     regressions: Sequence[Mapping[str, Any]]
     group_overlap: float | None
     left_out: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Scored:
+    """Scores of queries before and after.
+
+    Attributes:
+        judged: m queries.
+        seen: Shape (m,); true where the fit knew a relevant row as relevant.
+        before: By measure, shape (m,).
+        after: By measure, shape (m,).
+    """
+
+    judged: JudgedQueries
+    seen: NDArray[np.bool_]
+    before: Mapping[str, NDArray[np.float64]]
+    after: Mapping[str, NDArray[np.float64]]
+
+
+Compare = Callable[[NDArray[np.float64], NDArray[np.float64], "float | None", int], Comparison]
+"""Compares one measure as `statistics.compare` does."""
 
 
 def measure(
@@ -82,32 +112,56 @@ def measure(
         content = judgments_digest(judged, space.rows.ids)
         look = space.ledger.look(refiner.id, space.measure, content, judged.ids)
     k = max(depth(space.measures, judged), 10)
-    skip, late, seed = space.skipped(split), space.late_when_written, space.settings.fit.seed
+    skip, late = space.skipped(split), space.late_when_written
     with space.timed("evaluate"):
         before = space.search(judged.vectors, space.current_blocks(), k, skip).ids
         rows = space.blocks_of(space.held_by) if as_is else space.refined_blocks(refiner, late)
         after = space.search(refiner(judged.vectors), rows, k, skip).ids
         was, now = (score(judged, found, space.measures) for found in (before, after))
-        levels = {name: None for name in space.measures} | {space.measure: look_level(look)}
-        compared = {
-            name: compare(was[name], now[name], level, seed) for name, level in levels.items()
-        }
-        was_chosen, now_chosen = was[space.measure], now[space.measure]
-        strata = compare_strata(was_chosen, now_chosen, _seen(space, judged), seed)
         overlap = None
         if space.judged.groups is not None:
             overlap = group_overlap(judged, before, after)
+        scored = Scored(judged=judged, seen=_seen(space, judged), before=was, after=now)
+        measured, evidence = weigh(space, refiner, scored, look)
+    return (
+        replace(measured, split=split.value, group_overlap=overlap, left_out=given - len(judged)),
+        replace(evidence, group_overlap=overlap),
+    )
+
+
+def weigh(
+    space: Workspace,
+    refiner: Refiner,
+    scored: Scored,
+    look: int,
+    compared_by: Compare = compare,
+) -> tuple[Measured, Evidence]:
+    """Compare scores before and after, the chosen measure at the level of a look.
+
+    Args:
+        space: The index and its judgments.
+        refiner: What the scores are of.
+        scored: The scores.
+        look: Which look at these queries it is, from 1.
+        compared_by: Compares one measure.
+    """
+    seed = space.settings.fit.seed
+    levels = {name: None for name in space.measures} | {space.measure: look_level(look)}
+    compared = {
+        name: compared_by(scored.before[name], scored.after[name], level, seed)
+        for name, level in levels.items()
+    }
+    was, now = scored.before[space.measure], scored.after[space.measure]
+    strata = compare_strata(was, now, scored.seen, seed)
     measured = Measured(
-        split=split.value,
+        split=Split.TEST.value,
         measures={name: found.to_dict() for name, found in compared.items()},
         strata={
             name: strata[name].to_dict() if name in strata else None for name in ("seen", "unseen")
         },
-        regressions=[
-            item.to_dict() for item in worst_regressions(judged.ids, was_chosen, now_chosen)
-        ],
-        group_overlap=overlap,
-        left_out=given - len(judged),
+        regressions=[item.to_dict() for item in worst_regressions(scored.judged.ids, was, now)],
+        group_overlap=None,
+        left_out=0,
     )
     evidence = Evidence(
         measure=space.measure,
@@ -116,7 +170,6 @@ def measure(
         strata=strata,
         growing=space.settings.growing,
         late_rows=_late_rows(refiner),
-        group_overlap=overlap,
     )
     return measured, evidence
 

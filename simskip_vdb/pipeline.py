@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simskip_vdb.crossfit import applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, Vectors, silent
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.fitting import describe, fit_or_recall, validated
@@ -146,7 +147,10 @@ def refine(
     with open_workspace(store, judgments, settings, progress) as space:
         if not isinstance(store, FileBacked):
             check_same_mode(space.journal, settings.mode)
-        refiner = _refiner(space, progress)
+        crossed = None
+        if applies(space) and not settings.dry_run:  # it reads every query
+            crossed = cross_fit(space, progress)
+        refiner = _refiner(space, progress) if crossed is None else crossed.refiner
         _check_output(store, settings, refiner.side)
         if settings.dry_run:
             measured = _described(space, refiner)
@@ -164,7 +168,10 @@ def refine(
         if refiner.is_identity:
             decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
             return build_report(space, "refine", refiner, folder, validated(refiner), decision)
-        measured, evidence = measure(space, refiner, Split.TEST) or (None, None)
+        if crossed is None:
+            measured, evidence = measure(space, refiner, Split.TEST) or (None, None)
+        else:
+            measured, evidence = measure_cross_fit(space, crossed)
         decision = decide(evidence, accept_unmeasured=settings.accept_unmeasured)
         report = build_report(space, "refine", refiner, folder, measured, decision)
         return _reindex(space, refiner, report, progress) if decision.passed else report

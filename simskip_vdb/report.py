@@ -26,7 +26,8 @@ class Report:
         metric: ``cosine``, ``dot`` or ``euclid``.
         side: ``docs`` or ``both``.
         refiner: id, path, alpha, beta, late rule; None where there is none.
-        split: Which queries `measures` and `strata` are on: ``test`` or ``validation``.
+        split: Which queries `measures` and `strata` are on: ``test``, ``validation`` or
+            ``cross-fitted``, which is all of them.
         queries: Number of queries of each split.
         measure: The chosen measure, which alone the gate judges.
         measures: Comparison of each measure by exact search, before and after.
@@ -311,7 +312,7 @@ def _gain(current: Mapping[str, Any]) -> str:
     low, high = current["ci95"]
     return (
         f"{current['measure']} {number(current['before'])} → {number(current['after'])} "
-        f"({_signed(low)} to {_signed(high)}) on {current['queries']} test queries"
+        f"({_signed(low)} to {_signed(high)}) on {current['queries']} held-out queries"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from simskip_vdb.datatypes import id_names
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.gate import Decision
-from simskip_vdb.measuring import Measured
+from simskip_vdb.measuring import CROSS_FITTED, Measured
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written
 from simskip_vdb.report import Report
@@ -47,6 +47,11 @@ def build_report(
         notes.append(
             f"{measured.left_out:,} of the {measured.split} queries left out: the refiner was "
             "fitted on, or chosen by, the very same vectors, so they prove nothing about it"
+        )
+    if measured is not None and measured.split == CROSS_FITTED:
+        notes.append(
+            "too few judged queries to be split, so the evidence is cross-fitted: each query was "
+            "scored by a refiner that never saw it; the refiner above learnt from all of them"
         )
     if bad:
         notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")

@@ -39,6 +39,7 @@ class Resolved:
             They are no results of that split's queries, and test's are none of validation's.
         held_out: Shape (n,); the rows of `held`.
         assigned: The split of every query, with those of earlier runs; to be kept for later runs.
+        shared: Whether all queries came as one set, shared out by hash.
         notes: What was skipped.
     """
 
@@ -47,6 +48,7 @@ class Resolved:
     held: Mapping[Split, Positions]
     held_out: Mask
     assigned: Mapping[str, Split]
+    shared: bool = False
     notes: tuple[Note, ...] = ()
 
 
@@ -89,7 +91,7 @@ def resolve(
         shared = judge(judgments.queries, places, notes)
         for split, judged in _share_out(shared, explicit, draw, notes).items():
             parts.setdefault(split, []).append(judged)
-    queries = {split: _concatenate(parts.get(split, []), rows.dim) for split in Split}
+    queries = {split: concatenate(parts.get(split, []), rows.dim) for split in Split}
     now = {name: split for split, judged in queries.items() for name in judged.ids}
     return Resolved(
         queries=queries,
@@ -97,6 +99,7 @@ def resolve(
         held=held,
         held_out=np.isin(np.arange(len(rows.ids)), _together(held.values())),
         assigned={**assigned, **now},
+        shared=judgments.queries is not None and not explicit,
         notes=tuple(notes.all),
     )
 
@@ -189,7 +192,8 @@ def _shares(explicit: Mapping[Split, JudgedQueries]) -> dict[Split, float]:
     return {Split.FIT: 0.75, left[0]: 0.25} if left else {Split.FIT: 1.0}
 
 
-def _concatenate(parts: Sequence[JudgedQueries], dim: int) -> JudgedQueries:
+def concatenate(parts: Sequence[JudgedQueries], dim: int) -> JudgedQueries:
+    """Return the queries of all parts, in their order."""
     counts = [np.diff(part.indptr) for part in parts]
     return JudgedQueries(
         ids=tuple(name for part in parts for name in part.ids),

@@ -97,10 +97,9 @@ def assign(
         seed: Seeds the hash.
         assigned: Splits of earlier runs by query id.
     """
-    leader: dict[int, str] = {}
+    leader = _leaders(ids, clusters)
     followed: dict[int, Split] = {}
     for name, cluster in sorted(zip(ids, clusters.tolist(), strict=True)):
-        leader.setdefault(cluster, name)
         if name in assigned:
             followed.setdefault(cluster, assigned[name])
     splits = list(shares)
@@ -111,6 +110,34 @@ def assign(
         name: assigned.get(name) or followed.get(cluster) or by_hash[cluster]
         for name, cluster in zip(ids, clusters.tolist(), strict=True)
     }
+
+
+def deal(ids: Sequence[str], clusters: Positions, folds: int, seed: int) -> Positions:
+    """Deal queries out to folds of about equal size; near-identical queries share one.
+
+    Args:
+        ids: m query ids.
+        clusters: Shape (m,), from `near_identical`.
+        folds: How many.
+        seed: Seeds the hash of each cluster's first id, by which clusters are dealt in turn.
+
+    Returns:
+        Shape (m,), numbers from 0 to `folds` - 1.
+    """
+    leader = _leaders(ids, clusters)
+    order = np.argsort(unit_hash(leader.values(), seed), kind="stable")
+    numbers = np.array(list(leader), np.int64)
+    fold = np.empty(int(numbers.max(initial=-1)) + 1, np.int64)
+    fold[numbers[order]] = np.arange(len(order)) % folds
+    return fold[clusters]
+
+
+def _leaders(ids: Sequence[str], clusters: Positions) -> dict[int, str]:
+    """Return each cluster's first id in alphabetical order."""
+    leader: dict[int, str] = {}
+    for name, cluster in sorted(zip(ids, clusters.tolist(), strict=True)):
+        leader.setdefault(cluster, name)
+    return leader
 
 
 def hold_out(

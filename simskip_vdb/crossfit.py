@@ -1,0 +1,235 @@
+"""Prove a gain with few judged queries: each is scored by a refiner that never saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simskip_vdb.config import Signal
+from simskip_vdb.datatypes import JudgedQueries, Positions, Progress, Split
+from simskip_vdb.evaluation import compare, depth, relevant_rows, score, seen_queries
+from simskip_vdb.fitting import choose_late_rows, recorded, treat_late_rows
+from simskip_vdb.gate import MIN_QUERIES, Comparison, Evidence
+from simskip_vdb.measuring import CROSS_FITTED, Measured, Scored, judgments_digest, weigh
+from simskip_vdb.refiner import LateRule, Refiner
+from simskip_vdb.resolution import concatenate
+from simskip_vdb.splits import deal, near_identical
+from simskip_vdb.workspace import Workspace
+
+if TYPE_CHECKING:
+    from simskip_vdb.training import Plan, Problem
+
+BELOW = 150
+"""Judged queries of which a fifth would be too few to test by."""
+FOLDS = 5
+SPREAD = (1 + FOLDS / (FOLDS - 1)) ** 0.5
+"""How much wider intervals are than those of as many independent differences.
+
+Refiners of two folds share most of what they learnt from, so their errors are correlated. The
+variance of a mean over folds is then about (1/k + n_test/n_train) of a fold's, not 1/k of it
+(Nadeau & Bengio, Machine Learning 52, 2003): 2.25 times as much for five folds.
+"""
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CrossFit:
+    """A refiner fitted on all queries, and those that prove it.
+
+    Attributes:
+        refiner: Fitted on all queries, with the folds' median weights.
+        queries: All judged queries.
+        fold: Shape (m,); which of `refiners` scores a query.
+        refiners: One a fold, fitted and chosen without its queries.
+    """
+
+    refiner: Refiner
+    queries: JudgedQueries
+    fold: Positions
+    refiners: tuple[Refiner, ...]
+
+
+def applies(space: Workspace) -> bool:
+    """Tell whether the judged queries came as one set that is too small to be split."""
+    total = sum(map(len, space.judged.queries.values()))
+    return (
+        space.judged.shared
+        and MIN_QUERIES <= total < BELOW
+        and space.settings.refiner is None
+        and space.settings.fit.signal in (Signal.AUTO, Signal.JUDGED)
+    )
+
+
+def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
+    """Fit a refiner for each fold of the queries, and the one to be written on all of them.
+
+    A fold's refiner is chosen inside the other folds: one of them validates steps, alpha and beta
+    of a fit on the rest, and what was chosen is fitted again on all of them. The refiner of all
+    queries takes the folds' median alpha and beta, and the steps that most of them chose. From
+    here on, all queries count as fitted on.
+
+    Args:
+        space: The index and its judgments.
+        progress: Called with (stage, done, total).
+
+    Raises:
+        FitError: A fit diverged.
+        MissingDependencyError: torch is not installed.
+    """
+    everyone = concatenate(list(space.judged.queries.values()), space.info.dim)
+    seed = space.settings.fit.seed
+    fold = deal(everyone.ids, near_identical(everyone.vectors), FOLDS, seed)
+    parts = [everyone.subset(fold == number) for number in range(FOLDS)]
+    with space.timed("fit"):
+        refiners, plans = [], []
+        for number in range(FOLDS):
+            refiner, plan = _fit_fold(space, parts, number, progress)
+            refiners.append(refiner)
+            plans.append(plan)
+        plan = _median(plans)
+        info: dict[str, Any] = {"folds": [[p.steps, p.alpha, p.beta] for p in plans]}
+        rule = LateRule.RAW
+        if plan.alpha or plan.beta:
+            rule, info["late_rows"] = _late_rows(space, parts, plan, progress)
+        space.judged = replace(space.judged, queries=_roles(space, everyone))
+        refiner = _fit(space, everyone, plan, progress, "fit on all queries")
+        refiner = replace(refiner, late=rule)
+        refiner = recorded(refiner, space, _problem(space, everyone), info)
+    return CrossFit(refiner=refiner, queries=everyone, fold=fold, refiners=tuple(refiners))
+
+
+def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Evidence]:
+    """Compare what the index holds with what each query's fold refiner makes of it.
+
+    It is counted as a look at all queries before it happens.
+    """
+    judged, fold = crossed.queries, crossed.fold
+    content = judgments_digest(judged, space.rows.ids)
+    look = space.ledger.look(crossed.refiner.id, space.measure, content, judged.ids)
+    k = max(depth(space.measures, judged), 10)
+    with space.timed("evaluate"):
+        before = space.search(judged.vectors, space.current_blocks(), k).ids
+        after, seen = np.empty_like(before), np.empty(len(judged), np.bool_)
+        for number, refiner in enumerate(crossed.refiners):
+            own = fold == number
+            part, rest = judged.subset(own), judged.subset(~own)
+            found = space.search(refiner(part.vectors), space.refined_blocks(refiner), k)
+            after[own], seen[own] = found.ids, seen_queries(part, relevant_rows(rest))
+        was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
+        scored = Scored(judged=judged, seen=seen, before=was, after=now)
+        measured, evidence = weigh(space, crossed.refiner, scored, look, compare_spread)
+    return replace(measured, split=CROSS_FITTED), evidence
+
+
+def compare_spread(before: Scores, after: Scores, level: float | None, seed: int) -> Comparison:
+    """Compare as `compare` does, with differences `SPREAD` times as far from their mean."""
+    plain = compare(before, after, None, seed)
+    spread = plain.delta + SPREAD * (after - before - plain.delta)
+    found = compare(before, before + spread, level, seed)
+    return replace(found, after=plain.after, wins=plain.wins, ties=plain.ties, losses=plain.losses)
+
+
+def _fit_fold(
+    space: Workspace, parts: list[JudgedQueries], number: int, progress: Progress
+) -> tuple[Refiner, Plan]:
+    from simskip_vdb.training import fit_refiner
+
+    inner = (number + 1) % len(parts)
+    fit = _without(space, parts, number, inner)
+    with _as(space, {Split.FIT: fit, Split.VALIDATION: parts[inner]}):
+        plan = fit_refiner(
+            _problem(space, fit),
+            space.settings.fit,
+            space.validate,
+            progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
+        ).plan
+    rest = _without(space, parts, number)
+    return _fit(space, rest, plan, progress, f"fit, fold {number + 1}"), plan
+
+
+def _fit(
+    space: Workspace, queries: JudgedQueries, plan: Plan, progress: Progress, stage: str
+) -> Refiner:
+    from simskip_vdb.training import fit_refiner
+
+    if not plan.alpha and not plan.beta:
+        return Refiner.identity(
+            space.info.dim, side=space.settings.fit.side, metric=space.info.metric
+        )
+    return fit_refiner(
+        _problem(space, queries),
+        space.settings.fit,
+        space.validate,
+        progress=lambda done, total, _: progress(stage, done, total),
+        plan=plan,
+    ).refiner
+
+
+def _median(plans: list[Plan]) -> Plan:
+    from simskip_vdb.training import Plan
+
+    moving = [plan.steps for plan in plans if plan.steps]
+    return Plan(
+        steps=max(sorted(set(moving), reverse=True), key=moving.count) if moving else 0,
+        alpha=float(np.median([plan.alpha for plan in plans])),
+        beta=float(np.median([plan.beta for plan in plans])),
+    )
+
+
+def _late_rows(
+    space: Workspace, parts: list[JudgedQueries], plan: Plan, progress: Progress
+) -> tuple[LateRule, dict[str, Any]]:
+    """Let the first fold's queries tell how late rows fare with a probe fitted on the others."""
+    from simskip_vdb.training import fit_refiner
+
+    late, rest = choose_late_rows(space), _without(space, parts, 0)
+    probe = fit_refiner(
+        replace(_problem(space, rest), late=late),
+        space.settings.fit,
+        space.validate,
+        progress=lambda done, total, _: progress("probe", done, total),
+        plan=plan,
+    ).refiner
+    with _as(space, {Split.FIT: rest, Split.VALIDATION: parts[0]}):
+        share, rule = treat_late_rows(space, probe, late)
+    return rule, {**share.to_dict(), "rule": rule.value}
+
+
+def _problem(space: Workspace, queries: JudgedQueries) -> Problem:
+    from simskip_vdb.training import Problem
+
+    return Problem(
+        vectors=space.rows.matrix(),
+        ids=space.rows.ids,
+        metric=space.info.metric,
+        queries=queries,
+        groups=space.judged.groups,
+        usable=space.usable,
+    )
+
+
+def _without(space: Workspace, parts: list[JudgedQueries], *left_out: int) -> JudgedQueries:
+    kept = [part for number, part in enumerate(parts) if number not in left_out]
+    return concatenate(kept, space.info.dim)
+
+
+def _roles(space: Workspace, fit: JudgedQueries) -> dict[Split, JudgedQueries]:
+    none = concatenate([], space.info.dim)
+    return {Split.FIT: fit, Split.VALIDATION: none, Split.TEST: none}
+
+
+@contextmanager
+def _as(space: Workspace, queries: Mapping[Split, JudgedQueries]) -> Iterator[None]:
+    """Give queries other roles for a while."""
+    before = space.judged
+    space.judged = replace(before, queries={**_roles(space, queries[Split.FIT]), **queries})
+    try:
+        yield
+    finally:
+        space.judged = before
