@@ -17,6 +17,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.connectors.faiss_lists import ivf_of
+
 Index: TypeAlias = Any
 Rows: TypeAlias = NDArray[np.float32]
 
@@ -128,10 +130,15 @@ def _remove(index: Index, rows: Rows) -> Index:
 
 
 def _on_disk(index: Index, rows: Rows) -> Index:
-    folder = Path(tempfile.mkdtemp(prefix="simskip-lists-"))
-    lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(folder / "lists"))
-    lists.merge_from_1(index.invlists)
-    index.replace_invlists(lists, True)
+    return move_lists(index, str(Path(tempfile.mkdtemp(prefix="simskip-lists-")) / "lists"))
+
+
+def move_lists(index: Index, name: str) -> Index:
+    """Move an index's lists to a file of their own, as FAISS's examples do."""
+    ivf = ivf_of(index)
+    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, name)
+    lists.merge_from_1(ivf.invlists)
+    ivf.replace_invlists(lists, True)
     lists.this.disown()
     return index
 
@@ -178,6 +185,23 @@ CELLS = (
         custom=True,
         edit=_direct_map(faiss.DirectMap.Hashtable),
     ),
+    _refined(
+        "IVF Flat, lists on disk", "IVF{lists},Flat", params=LISTS, custom=True, edit=_on_disk
+    ),
+    _refined("IVF SQ8, lists on disk", "IVF{lists},SQ8", params=LISTS, edit=_on_disk),
+    _refined(
+        "IDMap over IVF Flat, lists on disk",
+        "IDMap,IVF{lists},Flat",
+        params=LISTS,
+        custom=True,
+        edit=_on_disk,
+    ),
+    _refined(
+        "Refine(Flat) over IVF PQ, lists on disk",
+        "IVF{lists},PQ{codes}x{bits},RFlat",
+        params={**LISTS, **MORE},
+        edit=_on_disk,
+    ),
     _refined("IDMap over Flat", "IDMap,Flat", custom=True),
     _refined("IDMap over Flat, after removals", "IDMap,Flat", custom=True, edit=_remove),
     _refined("IDMap2 over HNSW Flat", "IDMap2,HNSW16,Flat", custom=True, params=LINKS),
@@ -213,6 +237,15 @@ CELLS = (
     _lossy("IVF PQ, L2", "IVF{lists},PQ{codes}x{bits}", params=LISTS, metric=L2),
     _lossy("IVF PQ, HNSW quantiser", "IVF{lists}_HNSW8,PQ{codes}x{bits}", params=LISTS),
     _lossy("IVF PQ fast scan", "IVF{lists},PQ{codes}x4fs", params=LISTS),
+    _lossy("IVF PQ, lists on disk", "IVF{lists},PQ{codes}x{bits}", params=LISTS, edit=_on_disk),
+    _lossy("IVF RQ, lists on disk", "IVF{lists},RQ{codes}x4", params=LISTS, edit=_on_disk),
+    _lossy(
+        "PCA over IVF Flat, lists on disk",
+        "PCA{half},IVF{lists},Flat",
+        params=LISTS,
+        alpha=0.1,
+        edit=_on_disk,
+    ),
     _lossy("IVF SQ4", "IVF{lists},SQ4", params=LISTS),
     _lossy("RaBitQ", "RaBitQ"),
     _lossy("RaBitQ fast scan", "RaBitQfs"),
@@ -248,7 +281,6 @@ CELLS = (
     _refused("IVF PQ+PQ", "IVF{lists},PQ{codes}+{codes}", "cannot be rebuilt", metric=L2),
     _refused("IVF RaBitQ fast scan", "IVF{lists},RaBitQfs", "does not decode"),
     _refused("IVF Flat without duplicates", "IVF{lists},FlatDedup", "equal vectors once"),
-    _refused("Lists on disk", "IVF{lists},Flat", "in another file", edit=_on_disk),
     _refused(
         "IDMap over IVF, after removals",
         "IDMap,IVF{lists},Flat",

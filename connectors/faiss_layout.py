@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.connectors.faiss_sound import check_codes, check_graph, check_lists
+from simskip_vdb.connectors.faiss_sound import check_codes, check_lists, check_search
 from simskip_vdb.connectors.faiss_tree import (
     FLAT,
     ID_MAPS,
@@ -41,6 +41,7 @@ from simskip_vdb.errors import ConfigError, StoreError
 Take = Callable[[Positions], Vectors]
 
 _METRICS = {faiss.METRIC_INNER_PRODUCT: Metric.DOT, faiss.METRIC_L2: Metric.EUCLID}
+_LISTS = (faiss.ArrayInvertedLists, faiss.BlockInvertedLists, faiss.OnDiskInvertedLists)
 _ALIASES = {"hnsw_ef": "efSearch", "k_factor_rf": "k_factor"}
 
 
@@ -182,6 +183,7 @@ def _rows(index: Index) -> _Rows:
     if kind in IVF:
         return _lists(index)
     if kind in REFINES:
+        check_search(index)
         _check_base(index)
     storage = storage_of(index)
     if kind is faiss.IndexHNSWFlat and type(storage) not in FLAT:
@@ -189,7 +191,7 @@ def _rows(index: Index) -> _Rows:
     if storage.ntotal != index.ntotal or storage.d != index.d:
         raise unsupported(index, f"it stores {storage.ntotal} of its {index.ntotal} vectors")
     check_codes(storage)
-    check_graph(index)
+    check_search(index)
     return _Rows(np.arange(index.ntotal), storage.reconstruct_batch)
 
 
@@ -222,13 +224,8 @@ def _lists(ivf: Index) -> _Rows:
 def _list_entries(ivf: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the ids in the inverted lists and FAISS's address (list << 32 | offset) of each."""
     lists = faiss.downcast_InvertedLists(ivf.invlists)
-    if type(lists) not in (faiss.ArrayInvertedLists, faiss.BlockInvertedLists):
-        raise unsupported(
-            ivf,
-            "its inverted lists are kept in another file, which could not be swapped together "
-            "with this one; save it with lists in memory: faiss.ArrayInvertedLists(nlist, "
-            "code_size), merge_from_1, replace_invlists",
-        )
+    if type(lists) not in _LISTS:
+        raise unsupported(ivf, f"its inverted lists, {type(lists).__name__}, cannot be saved again")
     sizes = np.array([lists.list_size(i) for i in range(ivf.nlist)], np.int64)
     ids = np.concatenate(
         [
@@ -250,10 +247,9 @@ def _check_base(refine: Index) -> None:
         raise unsupported(refine, f"its base has {base.ntotal} of its {refine.ntotal} rows")
     if any(type(part) in ID_MAPS for part in wrappers(base)):
         raise unsupported(refine, "an IDMap under a Refine takes no rows; put it on the outside")
-    if type(core(base)) in IVF:
-        ids, _ = _list_entries(core(base))
-        if len(ids) and not 0 <= ids.min() <= ids.max() < refine.ntotal:
-            raise unsupported(refine, "ids in its base are not positions of its vectors")
+    ids, _ = _rows(core(base))
+    if len(ids) and not 0 <= ids.min() <= ids.max() < refine.ntotal:
+        raise unsupported(refine, "ids in its base are not positions of its vectors")
 
 
 def _undoing(chain: Index, take: Take) -> Take:

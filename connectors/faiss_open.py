@@ -16,6 +16,7 @@ from pathlib import Path
 
 import faiss
 
+from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
 from simskip_vdb.errors import SimskipError, StoreError
 
@@ -71,7 +72,18 @@ def read_mapped(path: Path, *, trusted: bool) -> Index:
 
 
 def read_limited(path: Path, flags: int) -> Index:
-    """Read an index; no part of it may be much larger than its file."""
+    """Read an index; no part of it may be much larger than its file.
+
+    Lists in another file are mapped for reading only.
+    """
+    if not mentions_lists(path):
+        return _read(path, flags)
+    index = _read(path, flags | faiss.IO_FLAG_SKIP_IVF_DATA | faiss.IO_FLAG_READ_ONLY)
+    attach(index, path)
+    return index
+
+
+def _read(path: Path, flags: int) -> Index:
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         return faiss.read_index(str(path), flags)
     before = faiss.get_deserialization_vector_byte_limit()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.connectors.faiss_layout import Layout
+from simskip_vdb.connectors.faiss_lists import ListFile, ListWriter, ivf_of, list_file
 from simskip_vdb.connectors.faiss_open import faiss_call, read_limited
 from simskip_vdb.connectors.faiss_training import (
     draw,
@@ -37,13 +38,16 @@ from simskip_vdb.datatypes import Vectors
 _ROWS = 8192
 
 
-def rebuild(path: Path, layout: Layout, rows: Iterable[Vectors]) -> Index:
+def rebuild(
+    path: Path, layout: Layout, rows: Iterable[Vectors], lists: ListFile | None = None
+) -> Index:
     """Return a writable index like the one at `path` that holds these vectors.
 
     Args:
         path: The index file.
         layout: That file, opened for reading.
         rows: Every row's vector in scan order, in batches of shape (b, d).
+        lists: Where its lists go, if that index keeps them in a file of their own.
 
     Raises:
         StoreError: FAISS or the disk failed.
@@ -61,9 +65,12 @@ def rebuild(path: Path, layout: Layout, rows: Iterable[Vectors]) -> Index:
             if spans_unseen_ranges(index):
                 span(index, _as_stored(index, _unspool(path, layout.dim, spool)))
         homes = None
-        if type(core(index)) is faiss.IndexIVFFlat:
-            homes = _size_lists(path, index, _unspool(path, layout.dim, spool))
-        _fill(path, index, layout, _unspool(path, layout.dim, spool), homes)
+        streams = lists is not None and type(core(index)) in IVF
+        if streams or type(core(index)) is faiss.IndexIVFFlat:
+            homes = _homes(path, index, _unspool(path, layout.dim, spool))
+        _fill(path, index, layout, _unspool(path, layout.dim, spool), homes, lists)
+        if lists is not None and not streams:
+            _move_lists(path, ivf_of(index), layout, lists)
     return index
 
 
@@ -98,12 +105,13 @@ def _fill(
     layout: Layout,
     rows: Iterable[Vectors],
     homes: NDArray[np.int64] | None = None,
+    lists: ListFile | None = None,
 ) -> None:
     """Add rows to the core; what wraps it keeps its own ids and only counts."""
     body = core(index)
     rows = _as_stored(index, rows)
     if type(body) in IVF:
-        _fill_ivf(path, body, layout, rows, homes)
+        _fill_ivf(path, body, layout, rows, homes, lists)
     elif type(body) in NSG:
         blocks = list(rows)  # its graph is built at once, over all rows
         if blocks:
@@ -133,11 +141,15 @@ def _fill_ivf(
     layout: Layout,
     rows: Iterable[Vectors],
     homes: NDArray[np.int64] | None,
+    lists: ListFile | None,
 ) -> None:
     ids = _own_ids(layout)
     # An array map takes no explicit ids while rows are added.
     direct_map = ivf.direct_map.type
     ivf.set_direct_map_type(faiss.DirectMap.NoMap)
+    writer = None
+    if homes is not None:
+        writer = _make_room(path, ivf, homes, lists)
     done = 0
     for vectors in rows:
         here = slice(done, done + len(vectors))
@@ -145,10 +157,14 @@ def _fill_ivf(
         with faiss_call(path, "adding rows"):
             if homes is None:
                 ivf.add_with_ids(vectors, ids[here])
-            else:
+            elif writer is None:
                 # FAISS gets bare pointers, so each array must have a name while it works.
                 own_ids, own_homes = ids[here], homes[here]
                 ivf.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, own_ids, own_homes)))
+            else:
+                _encode(ivf, writer, vectors, ids[here], homes[here])
+    if writer is not None:
+        _take_lists(path, ivf, layout, writer)
     with faiss_call(path, "mapping ids"):
         # An IVF also counts rows that it dropped for not being finite, and numbers on from there.
         ivf.ntotal = core(layout.root).ntotal
@@ -161,21 +177,67 @@ def _own_ids(layout: Layout) -> NDArray[np.int64]:
     return np.arange(len(layout)) if mapped else layout.ids
 
 
-def _size_lists(path: Path, index: Index, rows: Iterable[Vectors]) -> NDArray[np.int64]:
-    """Give an IVF Flat's lists their full size at once, and return each row's list.
-
-    Lists that grow by doubling would need up to twice the memory of the index.
-    """
-    ivf = core(index)
+def _homes(path: Path, index: Index, rows: Iterable[Vectors]) -> NDArray[np.int64]:
+    """Return each row's list; -1 for rows that an IVF drops."""
     found = [np.empty(0, np.int64)]
     for vectors in _as_stored(index, rows):
         with faiss_call(path, "assigning rows to lists"):
-            found.append(ivf.quantizer.search(vectors, 1)[1][:, 0])
-    homes = np.concatenate(found)
-    for home, size in enumerate(np.bincount(homes[homes >= 0], minlength=ivf.nlist).tolist()):
-        ivf.invlists.resize(home, size)
-        ivf.invlists.resize(home, 0)
-    return homes
+            found.append(core(index).quantizer.search(vectors, 1)[1][:, 0])
+    return np.concatenate(found)
+
+
+def _make_room(
+    path: Path, ivf: Index, homes: NDArray[np.int64], lists: ListFile | None
+) -> ListWriter | None:
+    """Give lists their full size at once, in memory or in a file.
+
+    Lists that grow by doubling would need up to twice the memory of the index.
+    """
+    sizes = np.bincount(homes[homes >= 0], minlength=ivf.nlist)
+    if lists is not None:
+        return ListWriter(lists, sizes, ivf.code_size)
+    with faiss_call(path, "making room for rows"):
+        for home, size in enumerate(sizes.tolist()):
+            ivf.invlists.resize(home, size)
+            ivf.invlists.resize(home, 0)
+    return None
+
+
+def _encode(
+    ivf: Index,
+    writer: ListWriter,
+    vectors: Vectors,
+    ids: NDArray[np.int64],
+    homes: NDArray[np.int64],
+) -> None:
+    kept = homes >= 0
+    vectors, homes = vectors[kept], homes[kept]
+    codes = np.empty((len(homes), ivf.code_size), np.uint8)
+    ivf.encode_vectors(len(homes), *map(faiss.swig_ptr, (vectors, homes, codes)))
+    writer.add(homes, codes, ids[kept])
+
+
+def _move_lists(path: Path, ivf: Index, layout: Layout, lists: ListFile) -> None:
+    """Write lists that were filled in memory to a file."""
+    with faiss_call(path, "writing lists"):
+        held = faiss.downcast_InvertedLists(ivf.invlists)
+        sizes = np.array([held.list_size(i) for i in range(ivf.nlist)], np.int64)
+        writer = ListWriter(lists, sizes, ivf.code_size)
+        for home in np.flatnonzero(sizes).tolist():
+            size = int(sizes[home])
+            codes = faiss.rev_swig_ptr(held.get_codes(home), size * ivf.code_size)
+            ids = faiss.rev_swig_ptr(held.get_ids(home), size)
+            writer.add(np.full(size, home), codes.reshape(size, -1), ids)
+    _take_lists(path, ivf, layout, writer)
+
+
+def _take_lists(path: Path, ivf: Index, layout: Layout, writer: ListWriter) -> None:
+    old = list_file(layout.root, path)
+    assert old is not None
+    with faiss_call(path, "writing lists"):
+        lists = writer.finish(like=old.path)
+        ivf.replace_invlists(lists, True)
+        lists.this.disown()
 
 
 def _spool_file(path: Path) -> IO[bytes]:

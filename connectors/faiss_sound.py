@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 import faiss
 
-from simskip_vdb.connectors.faiss_tree import IVF, NSG, RABITQ, Index, down
+from simskip_vdb.connectors.faiss_tree import HNSW, IVF, NSG, RABITQ, REFINES, Index, down
 from simskip_vdb.errors import StoreError
 
 _QUANTISERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")
 _DIRECT_MAPS = (faiss.DirectMap.NoMap, faiss.DirectMap.Array, faiss.DirectMap.Hashtable)
-_MOST_PROBES = 1 << 16
+_MOST = 1 << 16
+"""More probes or candidates than there are is common, until FAISS makes room for all of them."""
 
 
 def check_lists(ivf: Index) -> None:
@@ -27,8 +28,8 @@ def check_lists(ivf: Index) -> None:
     quantizer = down(ivf.quantizer)
     _refuse_unless(ivf, (quantizer.d, quantizer.ntotal) == (ivf.d, ivf.nlist), "quantiser")
     _refuse_unless(ivf, ivf.direct_map.type in _DIRECT_MAPS, "direct map")
-    # More probes than lists are common, and harmless until FAISS makes room for all of them.
-    _refuse_unless(ivf, ivf.nprobe <= max(ivf.nlist, _MOST_PROBES), "nprobe")
+    _refuse_unless(ivf, ivf.nprobe <= max(ivf.nlist, _MOST), "nprobe")
+    check_search(quantizer)
     check_codes(ivf)
 
 
@@ -41,12 +42,19 @@ def check_codes(index: Index) -> None:
     _refuse_unless(index, all(_agreeing(index)), "code size")
 
 
-def check_graph(index: Index) -> None:
-    """Check an NSG, which FAISS searches until it has found as many rows as search_L.
+def check_search(index: Index) -> None:
+    """Check how many candidates a graph or a Refine looks at.
 
     Raises:
-        StoreError: It has fewer, so FAISS would search for ever.
+        StoreError: FAISS would take all memory; or an NSG has fewer rows than search_L, which
+            FAISS searches until it has found as many.
     """
+    most = max(index.ntotal, _MOST)
+    if type(index) in HNSW:
+        _refuse_unless(index, 0 < index.hnsw.efSearch <= most, "efSearch")
+        _refuse_unless(index, 0 < index.hnsw.efConstruction <= most, "efConstruction")
+    if type(index) in REFINES:
+        _refuse_unless(index, 0 < index.k_factor <= most, "k_factor")
     if type(index) in NSG and index.ntotal and index.nsg.search_L > index.ntotal:
         raise StoreError(
             f"{type(index).__name__}: its search_L ({index.nsg.search_L}) exceeds its "
@@ -60,9 +68,13 @@ def _agreeing(index: Index) -> Iterator[bool]:
     for name in _QUANTISERS:
         if hasattr(index, name):
             part = getattr(index, name)
-            yield part.d == index.d and (packed or part.code_size == index.code_size)
+            yield part.d == index.d and part.code_size == index.code_size
     if kind in RABITQ:
         yield 0 <= index.qb <= 8
+        bits = getattr(index.rabitq, "nb_bits", 1)
+        yield 1 <= bits <= 9
+        if hasattr(index.rabitq, "compute_code_size"):
+            yield index.code_size == index.rabitq.compute_code_size(index.d, bits)
     if kind is faiss.IndexLSH:
         turned = index.rrot.A.size() == index.rrot.d_in * index.rrot.d_out
         yield index.code_size == (index.nbits + 7) // 8
@@ -85,7 +97,12 @@ def _agreeing_blocks(index: Index) -> Iterator[bool]:
         yield (lists.n_per_block, lists.block_size) == (index.bbs, index.bbs * index.M2 // 2)
     elif index.ntotal:  # FAISS leaves the blocks' count as it was when rows are removed at once
         yield index.ntotal2 == -(-index.ntotal // max(1, index.bbs)) * index.bbs
-        yield index.codes.size() >= index.ntotal2 * index.M2 // 2
+        # A RaBitQ's blocks also hold what its distances are corrected by.
+        width = 2 * index.code_size if type(index) in RABITQ else index.M2
+        yield index.codes.size() >= index.ntotal2 * width // 2
+    yield index.ksub == 16
+    if type(index) in RABITQ:
+        yield (index.d + 3) // 4 == index.M
     if hasattr(index, "pq"):
         yield (index.pq.M, index.pq.nbits) == (index.M, index.nbits)
 

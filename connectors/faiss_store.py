@@ -12,6 +12,13 @@ import numpy as np
 
 from simskip_vdb.connectors.faiss_folders import locate
 from simskip_vdb.connectors.faiss_layout import Layout, take_apart
+from simskip_vdb.connectors.faiss_lists import (
+    ListFile,
+    check_origin,
+    list_file,
+    settle,
+    switching,
+)
 from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity
@@ -45,6 +52,8 @@ _ROWS = 8192
 
 class FaissStore:
     """A `VectorStore` that is one file, written by ``faiss.write_index``.
+
+    Its inverted lists may be in a file of their own, beside which new ones are written.
 
     The index is read through a memory map. A file that changes underneath is noticed before each
     batch and each search; an application that saves over it *during* one can still end the
@@ -119,7 +128,7 @@ class FaissStore:
     def fetch(self, ids: Ids) -> Vectors:
         """Return the vectors of these ids; see `VectorStore.fetch`."""
         positions = self._rows.positions(ids)
-        unchanged(self._path, self._identity)
+        self._unchanged()
         with faiss_call(self._path, "reading rows"):
             return self._layout.take(positions)
 
@@ -169,7 +178,7 @@ class FaissStore:
                 ``quantizer_efSearch``; they hold for this call only.
         """
         array = checked_queries(self._uri, queries, self._layout.dim, k)
-        unchanged(self._path, self._identity)
+        self._unchanged()
         with self._layout.using(params), faiss_call(self._path, "searching"):
             if len(self._layout) == 0:  # which some of FAISS's types do not survive
                 shape = (len(array), k)
@@ -190,28 +199,35 @@ class FaissStore:
     ) -> None:
         """Replace as `replace` does, and keep the old file; see `FileBacked.replace_keeping`."""
         self._writable()
-        unchanged(self._path, self._identity)
-        with staged(self._path) as temporary:
+        self._unchanged()
+        old, new = self._lists, None
+        if old is not None:
+            new = old.successor(replaces_ours=keep is None)
+        with (
+            switching(self._path, old=old if keep is None else None, new=new),
+            staged(self._path) as temporary,
+        ):
             take_mode_and_owner(temporary, self._path)
-            self._write(batches, check, temporary)
-            unchanged(self._path, self._identity, expected)
+            self._write(batches, check, temporary, new)
+            self._unchanged(expected)
             take_mode_and_owner(temporary, self._path)
             with kept_as(self._path, keep, expected):
-                unchanged(self._path, self._identity)
+                self._unchanged()
                 swap_in(temporary, self._path)
-        self._open()
-        confirm(self._path)
+            self._open()
+            confirm(self._path)
 
     def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
         """Write the rewritten index to a new file; see `FileBacked.write_copy`."""
         if os.path.lexists(output):
             raise StoreError(f"{output}: exists already; choose another name")
-        with staged(output) as temporary:
-            self._write(batches, check, temporary)
+        new = None if self._lists is None else self._lists.copied_to(output)
+        with switching(output, old=None, new=new), staged(output) as temporary:
+            self._write(batches, check, temporary, new)
             with disk_errors(output):
                 temporary.chmod(self._path.stat().st_mode & 0o777)
             give_new_name(temporary, output)
-        confirm(output)
+            confirm(output)
 
     def put_back(self, kept: Path, *, expected: str) -> None:
         """Swap a kept file back; see `FileBacked.put_back`.
@@ -225,14 +241,22 @@ class FaissStore:
         self._writable()
         if not kept.is_file():
             raise StoreNotFoundError(f"{kept}: the kept file is gone; {self._path} is unchanged")
-        with staged(self._path) as temporary:
+        with switching(self._path, old=self._lists, new=None), staged(self._path) as temporary:
             with disk_errors(self._path):
                 copy_durably(kept, temporary)
+            if self._lists is not None:
+                original = FaissStore(temporary, read_only=True)
+                check_origin(self._lists, original._lists, kept)
             take_mode_and_owner(temporary, self._path)
-            unchanged(self._path, self._identity, expected)
+            self._unchanged(expected)
             swap_in(temporary, self._path)
-        self._open()
-        confirm(self._path)
+            self._open()
+            confirm(self._path)
+
+    def sweep(self) -> None:
+        """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
+        self._writable()
+        settle(self._path)
 
     @property
     def _uri(self) -> str:
@@ -250,26 +274,37 @@ class FaissStore:
         with faiss_call(path, "this is not a FAISS index that can be read"):
             root = read_mapped(path, trusted=trusted)
             self._layout: Layout = take_apart(root, self._uri)
+            self._lists: ListFile | None = list_file(root, path)
+        if self._lists is not None:
+            with disk_errors(self._lists.path):
+                self._lists_identity = Identity.of(self._lists.path)
         self._rows = RowOrder(self._layout.ids, self._uri)
+
+    def _unchanged(self, expected: str | None = None) -> None:
+        unchanged(self._path, self._identity, expected)
+        if self._lists is not None:
+            unchanged(self._lists.path, self._lists_identity)
 
     def _writable(self) -> None:
         if self._read_only:
             raise ConfigError(f"{self._uri} was opened for reading only")
 
     def _read(self, start: int, stop: int) -> Vectors:
-        unchanged(self._path, self._identity)
+        self._unchanged()
         with faiss_call(self._path, "reading rows"):
             return self._layout.read(start, stop)
 
-    def _write(self, batches: Iterable[VectorBatch], check: Check, target: Path) -> None:
-        """Write the rewritten index to `target` and let it be checked."""
-        index = rebuild(self._path, self._layout, self._merged(batches))
+    def _write(
+        self, batches: Iterable[VectorBatch], check: Check, target: Path, lists: ListFile | None
+    ) -> None:
+        """Write the rewritten index to `target`, its lists to `lists`, and let it be checked."""
+        index = rebuild(self._path, self._layout, self._merged(batches), lists)
         with faiss_call(target, "writing the new index; is the disk full?"):
             faiss.write_index(index, str(target))
             make_durable(target)
         del index
         # A new map drops the pages of the old file that were read, which count as memory.
-        unchanged(self._path, self._identity)
+        self._unchanged()
         self._open(trusted=True)
         candidate = FaissStore(target, read_only=True)
         self._verify(candidate)

@@ -286,7 +286,9 @@ def _name_ivf(index: Index) -> str:
             f"its coarse quantiser, {type(quantizer).__name__}, is neither Flat nor HNSW Flat; "
             "build it as 'IVF…' or 'IVF…_HNSW…'",
         )
-    return f"{coarse} {_name_codes(index)}"
+    lists = faiss.downcast_InvertedLists(index.invlists)
+    where = " on disk" if type(lists) is faiss.OnDiskInvertedLists else ""
+    return f"{coarse} {_name_codes(index)}{where}"
 
 
 def _name_codes(index: Index) -> str:

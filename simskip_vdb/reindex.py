@@ -17,7 +17,15 @@ from simskip_vdb.provenance import SCAN_ROWS, TrueRows, our_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.row_by_row import Snapshot
 from simskip_vdb.rows import row_digests
-from simskip_vdb.store import AddsVectors, Check, Copied, FileBacked, RowWritable, VectorStore
+from simskip_vdb.store import (
+    AddsVectors,
+    Check,
+    Copied,
+    FileBacked,
+    LeavesFiles,
+    RowWritable,
+    VectorStore,
+)
 
 __all__ = [
     "RolledBack",
@@ -38,12 +46,15 @@ def recover(store: VectorStore, journal: Journal) -> None:
     """Find out what became of a write that was announced.
 
     A file holds all of it or nothing. Where rows are written one by one, a refinement stays
-    announced: it is finished by `write`, or undone by `rollback`.
+    announced: it is finished by `write`, or undone by `rollback`. Files that it left behind are
+    removed.
 
     Args:
         store: The index.
         journal: Its state, locked.
     """
+    if isinstance(store, LeavesFiles):
+        store.sweep()
     if isinstance(store, FileBacked):
         whole_file.recover(store, journal)
     else:

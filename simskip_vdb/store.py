@@ -258,6 +258,15 @@ class Copied(Protocol):
 
 
 @runtime_checkable
+class LeavesFiles(Protocol):
+    """Ability: writes files beside the store, which a killed run may leave behind."""
+
+    def sweep(self) -> None:
+        """Remove files of our own that the store does not use; nobody else may be writing."""
+        ...
+
+
+@runtime_checkable
 class FileBacked(Protocol):
     """Ability: the whole index is one file, swapped atomically."""
 

@@ -3,7 +3,8 @@
 Run as a script: `python crash_driver.py FOLDER`. Each command runs in a forked child that is killed
 (SIGKILL) just before, then just after, its k-th operation on the disk, for every k until it ends by
 itself. After each kill the index must open and hold the old rows or the new rows, whole; the same
-command must end where a run that was never killed ends; and rollback must restore the first file.
+command must end where a run that was never killed ends; and rollback must restore the first file,
+and leave no file behind. All this twice: with lists in the index, and in a file of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from builders import ivf, random_refiner
+from faiss_files import put_lists_on_disk, read
 
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.durable import sha256_of
@@ -34,7 +36,13 @@ Command = Callable[[Path], None]
 def main(folder: Path) -> None:
     rng = np.random.default_rng(0)
     ids = np.sort(rng.choice(10**6, N, replace=False))
-    first = ivf(folder / "first.faiss", ids, rng.normal(size=(N, D)).astype(np.float32))
+    first = folder / "first" / "x.faiss"
+    first.parent.mkdir()
+    ivf(first, ids, rng.normal(size=(N, D)).astype(np.float32))
+    outside = folder / "outside" / "x.faiss"
+    outside.parent.mkdir()
+    # Named as FAISS's own examples do; found beside the index, since it is not here.
+    put_lists_on_disk(read(first), outside, "lists")
     refiners = [random_refiner(D, ids, seed) for seed in range(2)]
 
     def refine(which: int) -> Command:
@@ -71,9 +79,9 @@ def main(folder: Path) -> None:
         "second refine": [refine(0), refine(1)],
         "rollback": [refine(0), undo],
     }
-    counts = {name: probe(folder / name.replace(" ", "-"), first, chain, undo)
-              for name, chain in chains.items()}  # fmt: skip
-    sys.stdout.write(json.dumps(counts))
+    counts = {f"{name} {index.parent.name}": probe(folder / name / index.parent.name, index, chain,
+              undo) for name, chain in chains.items() for index in (first, outside)}  # fmt: skip
+    (folder / "kills.json").write_text(json.dumps(counts))  # FAISS itself writes to stdout
 
 
 def probe(folder: Path, first: Path, chain: list[Command], undo: Command) -> int:
@@ -102,7 +110,9 @@ def probe(folder: Path, first: Path, chain: list[Command], undo: Command) -> int
             assert rows_of(path) == new, f"ends elsewhere after kill {at}, after={after}"
             assert run(undo, path) == 0
             assert sha256_of(path) == sha256_of(first), f"not restored: kill {at}, after={after}"
-            assert sorted(p.name for p in path.parent.iterdir()) == ["x.faiss", "x.faiss.simskip"]
+            assert names_in(path.parent) == sorted([*names_in(first.parent), "x.faiss.simskip"])
+            assert all(sha256_of(path.with_name(name)) == sha256_of(first.with_name(name))
+                       for name in names_in(first.parent))  # fmt: skip
             shutil.rmtree(path.parent)
             at += 1
     return kills
@@ -157,10 +167,11 @@ def rows_of(path: Path) -> dict[int, int]:
 
 
 def copy_index(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True)
-    shutil.copy2(source, target)
-    if state_of(source).is_dir():
-        shutil.copytree(state_of(source), state_of(target))
+    shutil.copytree(source.parent, target.parent)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def state_of(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeAlias
 
 import faiss
 import numpy as np
+from faiss_cells import move_lists
 
 from simskip_vdb.datatypes import Ids, Metric, Vectors
 
@@ -94,6 +96,16 @@ def write(index: Index, path: Path) -> Path:
 
 def read(path: Path) -> Index:
     return faiss.read_index(str(path))
+
+
+def put_lists_on_disk(index: Index, path: Path, name: str) -> Path:
+    """Save an index with its lists in a file called `name`, as seen from the index's folder."""
+    here = os.getcwd()
+    os.chdir(path.parent)
+    try:
+        return write(move_lists(index, name), path)
+    finally:
+        os.chdir(here)
 
 
 def rows_by_faiss(path: Path) -> tuple[Ids, Vectors]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 import pytest
+from damage import MOST_BYTES, NUMBERS, Driver, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +19,6 @@ from simskip_vdb.errors import ConfigError, StoreError
 pytest.importorskip("resource", reason="memory is measured as POSIX does")
 
 COUNT, DIM = 300, 8
-MOST_BYTES = 300 << 20
 KINDS = [
     "Flat",
     "SQ8",
@@ -48,43 +44,6 @@ KINDS = [
     "L2norm,Flat",
     "RR,IDMap,Flat",
 ]
-NUMBERS = [0, 1, 2**16, 2**24, 10**8, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1]
-
-
-class Driver:
-    """A process that opens files, started again when one of them ended it."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-
-    def open(self, path: Path) -> dict[str, Any]:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("open_driver.py"))],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{path}\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            code = self._process.wait()
-            self.close()
-            return {"outcome": f"the process ended with {code}", "grown": 0}
-        result: dict[str, Any] = json.loads(answer)
-        if result["grown"] >= MOST_BYTES:
-            self.close()  # its peak would hide the next one
-        return result
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +68,6 @@ def content(factory: str, count: int = COUNT, dim: int = DIM) -> bytes:
 @pytest.fixture(scope="module")
 def whole() -> dict[str, bytes]:
     return {factory: content(factory) for factory in KINDS}
-
-
-def put(data: bytes, at: int, number: int, width: int) -> bytes:
-    part = (number % (1 << 8 * width)).to_bytes(width, "little")
-    return data[:at] + part + data[at + width :]
 
 
 @given(data=st.data())

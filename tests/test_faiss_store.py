@@ -195,16 +195,6 @@ def test_binary_indexes_are_refused(tmp_path: Path) -> None:
         FaissStore(path)
 
 
-def test_lists_in_another_file_are_refused(make: Make, tmp_path: Path) -> None:
-    index = read(make("ivf"))
-    lists = faiss.OnDiskInvertedLists(index.nlist, index.code_size, str(tmp_path / "lists"))
-    lists.merge_from_1(index.invlists)
-    index.replace_invlists(lists)
-    path = write(index, tmp_path / "outside.faiss")
-    with pytest.raises(UnsupportedIndexError, match="another file"):
-        FaissStore(path)
-
-
 def test_idmap_over_ivf_after_remove_is_refused(make: Make, vectors: Vectors) -> None:
     ids = np.arange(COUNT) * 3
     index = read(make("idmap-ivf", ids))
