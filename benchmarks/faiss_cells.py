@@ -61,7 +61,6 @@ class Cell:
         edit: Changes the index after its rows were added, and returns the one to save.
         custom: Whether rows are given ids of their own, with holes.
         params: Search parameters as the application sets them.
-        alpha: How far the bench moves rows; less where a projection keeps few directions.
     """
 
     name: str
@@ -72,7 +71,6 @@ class Cell:
     edit: Callable[[Index, Rows], Index] | None = None
     custom: bool = False
     params: Mapping[str, int] = field(default_factory=dict)
-    alpha: float = 0.3
 
     def build(self, size: Size, rows: Rows) -> Index:
         """Make the index as an application does."""
@@ -243,20 +241,20 @@ CELLS = (
         "PCA over IVF Flat, lists on disk",
         "PCA{half},IVF{lists},Flat",
         params=LISTS,
-        alpha=0.1,
         edit=_on_disk,
     ),
     _lossy("IVF SQ4", "IVF{lists},SQ4", params=LISTS),
     _lossy("RaBitQ", "RaBitQ"),
     _lossy("RaBitQ fast scan", "RaBitQfs"),
-    _lossy("IVF RaBitQ", "IVF{lists},RaBitQ", params={"nprobe": 16}, alpha=0.1),
+    _lossy("IVF RaBitQ", "IVF{lists},RaBitQ", params={"nprobe": 16}),
     _lossy("Residual quantiser", "RQ{codes}x4"),
     _lossy("Local search quantiser", "LSQ4x4"),
     _lossy("Product residual quantiser", "PRQ2x2x4"),
     _lossy("IVF residual quantiser", "IVF{lists},RQ{codes}x4", params=LISTS),
     _lossy("LSH", "LSH", metric=L2),
-    _lossy("PCA over Flat", "PCA{half},Flat", alpha=0.1),
-    _lossy("Rotated PCA over IVF Flat", "PCAR{half},IVF{lists},Flat", params=LISTS, alpha=0.1),
+    _lossy("PCA over Flat", "PCA{half},Flat"),
+    _lossy("Whitened PCA over Flat", "PCAW{codes},Flat"),
+    _lossy("Rotated PCA over IVF Flat", "PCAR{half},IVF{lists},Flat", params=LISTS),
     _lossy("OPQ over PQ", "OPQ{codes},PQ{codes}x{bits}"),
     _lossy(
         "OPQ over IVF PQ fast scan",
@@ -264,13 +262,12 @@ CELLS = (
         params=LISTS,
     ),
     _lossy("IDMap over PQ", "IDMap,PQ{codes}x{bits}", custom=True),
-    _lossy("PCA over IDMap over Flat", "PCA{half},IDMap,Flat", custom=True, alpha=0.1),
+    _lossy("PCA over IDMap over Flat", "PCA{half},IDMap,Flat", custom=True),
     _lossy(
         "IDMap2 over PCA, IVF Flat",
         "IDMap2,PCA{half},IVF{lists},Flat",
         custom=True,
         params=LISTS,
-        alpha=0.1,
     ),
     _refused(
         "Other metrics (L1, Lp, …)", "Flat", "neither inner product nor L2", metric=faiss.METRIC_L1

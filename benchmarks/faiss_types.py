@@ -79,7 +79,7 @@ def prove(cell: Cell, rows: Rows) -> dict[str, Any]:
         np.savetxt(folder / "ids.txt", ids_of(cell, len(rows)), fmt="%d")
         # Not the cell's: FAISS's factory forgets the metric of some types.
         metric = Metric.DOT if index.metric_type == faiss.METRIC_INNER_PRODUCT else Metric.EUCLID
-        make_refiner(metric, cell.alpha).save(refiner)
+        make_refiner(metric).save(refiner)
         before = sha256_of(path)
         result: dict[str, Any] = {"factory": _factory(cell), "expect": cell.expect.value}
         settings = ss.Settings(
@@ -96,7 +96,7 @@ def prove(cell: Cell, rows: Rows) -> dict[str, Any]:
         return result
 
 
-def make_refiner(metric: Metric, alpha: float) -> ss.Refiner:
+def make_refiner(metric: Metric) -> ss.Refiner:
     """Return a refiner that turns every row a little, and smoothly."""
     rng = np.random.default_rng(1)
     dim = FULL.dim
@@ -112,7 +112,7 @@ def make_refiner(metric: Metric, alpha: float) -> ss.Refiner:
         dim=dim,
         side=Side.DOCS,
         metric=metric,
-        alpha=alpha,
+        alpha=0.3,
         beta=0.0,
         layers=layers,
         offset_ids=np.empty(0, np.int64),

@@ -21,6 +21,7 @@ from simskip_vdb.connectors.faiss_tree import (
     IVF,
     NSG,
     PRODUCT,
+    RABITQ,
     REFINES,
     SCALAR,
     Index,
@@ -37,6 +38,8 @@ from simskip_vdb.datatypes import Vectors
 _SEED = 0
 _POINTS_PER_CENTROID = 256
 _LEAST_SAMPLE = 16384
+_OF_A_PCA = ("A", "b", "PCAMat", "mean", "eigenvalues")
+_PROBES, _NEIGHBOURS = 1000, 10
 _LEARNED_TRANSFORMS = (faiss.PCAMatrix, faiss.OPQMatrix, faiss.CenteringTransform)
 
 
@@ -154,6 +157,8 @@ def _forget_centroids(ivf: Index) -> None:
     # None of these is in the file: this is how FAISS's constructor and factory set them, except
     # for the last, which keeps FAISS from printing a warning.
     ivf.cp.spherical = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
+    if type(ivf) in RABITQ:
+        ivf.cp.spherical = False  # means are nearer to the rows, whose codes are relative to them
     ivf.quantizer_trains_alone = 0 if type(quantizer) in FLAT else 2
     ivf.cp.min_points_per_centroid = 1
 
@@ -220,11 +225,37 @@ def _train_steps(chain: Index, sample: Vectors) -> Vectors:
         if len(sample) >= transform.d_in:
             if _is_opq(transform, spaces):
                 _learn_rotation(transform, spaces, sample)
+            elif type(transform) is faiss.PCAMatrix:
+                _learn_reduction(transform, sample, chain.metric_type)
             elif type(transform) in _LEARNED_TRANSFORMS:
                 transform.is_trained = False
                 transform.train(sample)
         sample = transform.apply(sample)
     return sample
+
+
+def _learn_reduction(pca: Any, sample: Vectors, metric: int) -> None:  # noqa: ANN401 untyped
+    """Learn a PCA again, unless it finds fewer neighbours so.
+
+    Queries stay where they were, and so do rows of later, so directions that mattered to the old
+    rows often serve the new ones better than their own: where rows moved by a smooth function of
+    little effect on their order, its directions would crowd out finer ones.
+    """
+    old = {name: faiss.vector_to_array(getattr(pca, name)) for name in _OF_A_PCA}
+    queries = sample[:: max(1, len(sample) // _PROBES)][:_PROBES]
+    nearest = faiss.knn(queries, sample, _NEIGHBOURS, metric)[1]
+
+    def found() -> int:
+        rows, seen = pca.apply(sample), pca.apply(queries)
+        here = faiss.knn(seen, rows, _NEIGHBOURS, metric)[1]
+        return int((here[:, :, None] == nearest[:, None, :]).sum())
+
+    before = found()
+    pca.is_trained = False
+    pca.train(sample)
+    if found() < before:
+        for name, values in old.items():
+            faiss.copy_array_to_vector(values, getattr(pca, name))
 
 
 def _learn_rotation(transform: Any, spaces: int, sample: Vectors) -> None:  # noqa: ANN401 untyped

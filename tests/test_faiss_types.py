@@ -12,8 +12,8 @@ import faiss
 import numpy as np
 import pytest
 from builders import random_refiner
-from faiss_cells import CELLS, SMALL, Cell, Expect, ids_of
-from faiss_types import DOCS, with_table
+from faiss_cells import CELLS, FULL, IP, SMALL, Cell, Expect, ids_of
+from faiss_types import DOCS, make_refiner, make_rows, with_table
 from faiss_walk import id_order, learned, parameters, walk
 from machine import RESULTS
 
@@ -24,7 +24,7 @@ from simskip_vdb.errors import DataError, SimskipError, UnsupportedIndexError
 from simskip_vdb.journal import Journal
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import rollback, snapshot, write
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import TakesOriginals, VectorStore
 
 BY_NAME = {cell.name: cell for cell in CELLS}
 GOOD = [cell.name for cell in CELLS if cell.expect is not Expect.REFUSES]
@@ -144,14 +144,16 @@ def test_it_is_refined_and_restored(case: Case, capfd: pytest.CaptureFixture[str
 
 
 def _check_learned(old: dict[str, Any], new: dict[str, Any], index: Any) -> None:  # noqa: ANN401
-    rotations = {path for path, part in walk(index) if isinstance(part, faiss.RandomRotationMatrix)}
+    parts = list(walk(index))
+    rotations = {path for path, part in parts if isinstance(part, faiss.RandomRotationMatrix)}
+    reductions = {path for path, part in parts if isinstance(part, faiss.PCAMatrix)}
     assert old.keys() == new.keys()
     for path, was in old.items():
         assert was.shape == new[path].shape
         owner = path.rpartition(".")[0] + "."
         if owner in rotations:
             np.testing.assert_array_equal(new[path], was)
-        elif np.any(was):
+        elif np.any(was) and owner not in reductions:  # which stay where they serve better
             assert not np.array_equal(new[path], was), f"{path} was not learned again"
 
 
@@ -234,6 +236,36 @@ def test_it_is_refused_with_the_reason(case: Case) -> None:
         case.refine(open_store(str(case.path)))
     assert isinstance(error.value, (UnsupportedIndexError, DataError))
     assert sha(case.path) == before
+
+
+@pytest.mark.parametrize("factory", ["PCA64,Flat", "PCAR64,Flat", "PCAW16,Flat"])
+@pytest.mark.parametrize("away", [False, True])
+def test_a_reduction_is_learned_again_only_where_that_finds_more(
+    factory: str, away: bool, tmp_path: Path
+) -> None:
+    rows = make_rows()[:2000]
+    ids = np.arange(len(rows))
+    new = make_refiner(Metric.DOT).refine_rows(rows, ids)
+    if away:  # what was in the first dimensions is in the last
+        rows = rows * np.repeat(np.array([1, 0.05], np.float32), FULL.half)
+        new = np.ascontiguousarray(rows[:, ::-1])
+    index, fresh = (faiss.index_factory(FULL.dim, factory, IP) for _ in range(2))
+    index.train(rows)
+    index.add(rows)
+    path = tmp_path / "rows.faiss"
+    faiss.write_index(index, str(path))
+    store = open_store(str(path))
+    assert isinstance(store, TakesOriginals)
+    store.take_originals(rows)
+    store.replace([VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
+    after = faiss.read_index(str(path))
+    for name, was in learned(index).items():
+        assert np.array_equal(was, learned(after)[name]) is not away
+    fresh.train(new)
+    fresh.add(new)
+    nearest = faiss.knn(new, new, 10, IP)[1]
+    ours, theirs = (_recall(nearest, each.search(new, 10)[1]) for each in (after, fresh))
+    assert ours >= theirs
 
 
 @pytest.mark.parametrize("factory", ["IVF4,SQ8", "L2norm,SQ8", "RR,HNSW16,SQ8"])
