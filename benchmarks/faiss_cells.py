@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -128,7 +129,13 @@ def _remove(index: Index, rows: Rows) -> Index:
 
 
 def _on_disk(index: Index, rows: Rows) -> Index:
-    return move_lists(index, str(Path(tempfile.mkdtemp(prefix="simskip-lists-")) / "lists"))
+    return move_lists(index, str(Path(tempfile.mkdtemp(dir=_folder().name)) / "lists"))
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder that is gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="simskip-lists-")
 
 
 def move_lists(index: Index, name: str) -> Index:

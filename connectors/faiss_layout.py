@@ -183,7 +183,6 @@ def _rows(index: Index) -> _Rows:
     if kind in IVF:
         return _lists(index)
     if kind in REFINES:
-        check_search(index)
         _check_base(index)
     storage = storage_of(index)
     if kind is faiss.IndexHNSWFlat and type(storage) not in FLAT:

@@ -22,6 +22,7 @@ from simskip_vdb.errors import SimskipError, StoreError
 
 _SMALL = 1 << 20
 _MOST_LINKS = 1 << 12
+_MOST_WIDTH = 1 << 40
 # Some parts are held in memory wider than they are saved; FAISS counts a transform as a full
 # matrix, 64 MiB at d = 4096, even where it has none.
 _HELD_UNSAVED = 128 << 20
@@ -111,9 +112,12 @@ def _refuse_huge_counts(path: Path) -> None:
 
 
 def _list_counts(data: mmap.mmap) -> Iterator[int]:
-    for at in _places(data, b"ilar"):
-        if data[at + 20 : at + 24] in (b"full", b"sprs"):
-            yield _number(data, at + 4, 8)
+    # A width follows the count, at once or after another number. It tells a header, even one that
+    # is damaged, from rows in which the code occurs by chance.
+    for code, width in ((b"ilar", 12), (b"ilbl", 20)):
+        for at in _places(data, code):
+            if _number(data, at + width, 8) < _MOST_WIDTH:
+                yield _number(data, at + 4, 8)
 
 
 def _graph_counts(data: mmap.mmap) -> Iterator[int]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import faiss
 
-from simskip_vdb.connectors.faiss_tree import HNSW, IVF, NSG, RABITQ, REFINES, Index, down
+from simskip_vdb.connectors.faiss_tree import HNSW, IVF, NSG, RABITQ, Index, down
 from simskip_vdb.errors import StoreError
 
 _QUANTISERS = ("pq", "sq", "rq", "lsq", "prq", "plsq", "rabitq")
@@ -43,7 +43,7 @@ def check_codes(index: Index) -> None:
 
 
 def check_search(index: Index) -> None:
-    """Check how many candidates a graph or a Refine looks at.
+    """Check how many candidates a graph looks at.
 
     Raises:
         StoreError: FAISS would take all memory; or an NSG has fewer rows than search_L, which
@@ -53,8 +53,6 @@ def check_search(index: Index) -> None:
     if type(index) in HNSW:
         _refuse_unless(index, 0 < index.hnsw.efSearch <= most, "efSearch")
         _refuse_unless(index, 0 < index.hnsw.efConstruction <= most, "efConstruction")
-    if type(index) in REFINES:
-        _refuse_unless(index, 0 < index.k_factor <= most, "k_factor")
     if type(index) in NSG and index.ntotal and index.nsg.search_L > index.ntotal:
         raise StoreError(
             f"{type(index).__name__}: its search_L ({index.nsg.search_L}) exceeds its "
@@ -100,9 +98,6 @@ def _agreeing_blocks(index: Index) -> Iterator[bool]:
         # A RaBitQ's blocks also hold what its distances are corrected by.
         width = 2 * index.code_size if type(index) in RABITQ else index.M2
         yield index.codes.size() >= index.ntotal2 * width // 2
-    yield index.ksub == 16
-    if type(index) in RABITQ:
-        yield (index.d + 3) // 4 == index.M
     if hasattr(index, "pq"):
         yield (index.pq.M, index.pq.nbits) == (index.M, index.nbits)
 

@@ -101,7 +101,13 @@ def test_bytes_that_were_changed(
 
 
 @pytest.mark.parametrize(
-    ("factory", "code", "offset"), [("NSG8,Flat", b"INSf", 58), ("IVF4,Flat", b"ilar", 4)]
+    ("factory", "code", "offset"),
+    [
+        ("NSG8,Flat", b"INSf", 58),
+        ("IVF4,Flat", b"ilar", 4),
+        ("IVF4,PQ4x4fs", b"ilbl", 4),
+        ("OPQ4_8,IVF4,PQ4x4fs,RFlat", b"ilbl", 4),
+    ],
 )
 def test_counts_for_which_memory_is_taken_before_they_are_checked(
     driver: Driver,
@@ -111,7 +117,7 @@ def test_counts_for_which_memory_is_taken_before_they_are_checked(
     code: bytes,
     offset: int,
 ) -> None:
-    data = whole[factory]
+    data = whole.get(factory) or content(factory)
     at = data.index(code) + offset
     path = tmp_path / "huge.faiss"
     path.write_bytes(put(data, at, 10**8, 4))
@@ -120,6 +126,28 @@ def test_counts_for_which_memory_is_taken_before_they_are_checked(
     assert result["grown"] < MOST_BYTES
     with pytest.raises(StoreError, match=r"huge\.faiss: a header counts 100,000,000"):
         FaissStore(path)
+
+
+def test_a_huge_count_beside_an_unknown_code(
+    driver: Driver, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    data = whole["IVF4,Flat"]
+    at = data.index(b"ilar")
+    path = tmp_path / "huge.faiss"
+    path.write_bytes(put(put(data, at + 4, 10**8, 4), at + 20, 0, 4))
+    result = driver.open(path)
+    assert result["outcome"] == "StoreError"
+    assert result["grown"] < MOST_BYTES
+
+
+@pytest.mark.parametrize("where", ["ilar", "ilbl"])
+def test_rows_in_which_a_code_occurs_by_chance(tmp_path: Path, where: str) -> None:
+    rows = np.random.default_rng(0).standard_normal((COUNT, DIM)).astype(np.float32)
+    rows[7, 3] = np.frombuffer(where.encode(), np.float32)[0]
+    index = faiss.IndexFlatL2(DIM)
+    index.add(rows)
+    faiss.write_index(index, str(tmp_path / "rows.faiss"))
+    assert FaissStore(tmp_path / "rows.faiss").info().count == COUNT
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF4,Flat", "PQ4x4np,RFlat", "RaBitQ"])
@@ -138,18 +166,48 @@ def test_large_files_that_are_cut(driver: Driver, tmp_path: Path, factory: str) 
 
 @pytest.mark.parametrize(
     ("factory", "name", "value"),
-    [("RaBitQ", "qb", 200), ("RaBitQ", "code_size", 2**23), ("RaBitQfs", "ntotal2", 2**40)],
+    [
+        ("RaBitQ", "qb", 200),
+        ("RaBitQ", "code_size", 2**23),
+        ("RaBitQfs", "ntotal2", 2**40),
+        ("RaBitQfs", "code_size", 10**8),
+        ("RaBitQfs", "code_size", 2**32 + 9),
+    ],
 )
 def test_headers_that_do_not_fit_the_codes(
     tmp_path: Path, whole: dict[str, bytes], factory: str, name: str, value: int
 ) -> None:
     index = faiss.deserialize_index(np.frombuffer(whole[factory], np.uint8))
     setattr(index, name, value)
-    if name == "code_size":
+    if (factory, name) == ("RaBitQ", "code_size"):
         index.rabitq.code_size = value
     path = tmp_path / "codes.faiss"
     faiss.write_index(index, str(path))
     with pytest.raises(StoreError, match=r"codes\.faiss"):
+        open_store(str(path))
+
+
+@pytest.mark.parametrize(
+    ("factory", "part", "name"),
+    [
+        ("IVF4,Flat", "", "nprobe"),
+        ("IVF4,PQ4x4np,RFlat", "base_index", "nprobe"),
+        ("HNSW8,Flat", "hnsw", "efSearch"),
+        ("HNSW8,Flat", "hnsw", "efConstruction"),
+        ("HNSW8,Flat,RFlat", "base_index.hnsw", "efSearch"),
+        ("IVF4_HNSW4,Flat", "quantizer.hnsw", "efSearch"),
+    ],
+)
+def test_more_candidates_than_memory(tmp_path: Path, factory: str, part: str, name: str) -> None:
+    index = faiss.deserialize_index(np.frombuffer(content(factory), np.uint8))
+    owner = index
+    for step in part.split(".") if part else []:
+        owner = getattr(owner, step)
+        owner = faiss.downcast_index(owner) if isinstance(owner, faiss.Index) else owner
+    setattr(owner, name, 10**9)
+    path = tmp_path / "candidates.faiss"
+    faiss.write_index(index, str(path))
+    with pytest.raises(StoreError, match=rf"candidates\.faiss: .* its {name}"):
         open_store(str(path))
 
 
