@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.connectors.faiss_gpu import on_gpu
 from simskip_vdb.connectors.faiss_layout import Layout
 from simskip_vdb.connectors.faiss_lists import ListFile, ListWriter, ivf_of, list_file
 from simskip_vdb.connectors.faiss_open import faiss_call, read_limited
@@ -180,9 +181,10 @@ def _own_ids(layout: Layout) -> NDArray[np.int64]:
 def _homes(path: Path, index: Index, rows: Iterable[Vectors]) -> NDArray[np.int64]:
     """Return each row's list; -1 for rows that an IVF drops."""
     found = [np.empty(0, np.int64)]
-    for vectors in _as_stored(index, rows):
-        with faiss_call(path, "assigning rows to lists"):
-            found.append(core(index).quantizer.search(vectors, 1)[1][:, 0])
+    with faiss_call(path, "assigning rows to lists"):
+        quantizer = on_gpu(down(core(index).quantizer))
+        for vectors in _as_stored(index, rows):
+            found.append(quantizer.search(vectors, 1)[1][:, 0])
     return np.concatenate(found)
 
 

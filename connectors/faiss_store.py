@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 
 from simskip_vdb.connectors.faiss_folders import locate
+from simskip_vdb.connectors.faiss_gpu import MOST_NEIGHBOURS, on_gpu
 from simskip_vdb.connectors.faiss_layout import Layout, take_apart
 from simskip_vdb.connectors.faiss_lists import (
     ListFile,
@@ -21,7 +22,7 @@ from simskip_vdb.connectors.faiss_lists import (
 )
 from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
 from simskip_vdb.connectors.faiss_rebuild import rebuild
-from simskip_vdb.connectors.faiss_tree import Fidelity
+from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
@@ -185,7 +186,7 @@ class FaissStore:
                 return Neighbors(
                     ids=np.full(shape, -1, np.int64), scores=np.full(shape, -np.inf, np.float32)
                 )
-            distances, ids = self._layout.root.search(array, k)
+            distances, ids = self._searcher(k).search(array, k)
         similarity = self._layout.root.metric_type == faiss.METRIC_INNER_PRODUCT
         scores = np.where(ids < 0, -np.inf, distances if similarity else -distances)
         return Neighbors(ids=ids, scores=scores.astype(np.float32))
@@ -275,10 +276,18 @@ class FaissStore:
             root = read_mapped(path, trusted=trusted)
             self._layout: Layout = take_apart(root, self._uri)
             self._lists: ListFile | None = list_file(root, path)
+        self._fast: Index = None
         if self._lists is not None:
             with disk_errors(self._lists.path):
                 self._lists_identity = Identity.of(self._lists.path)
         self._rows = RowOrder(self._layout.ids, self._uri)
+
+    def _searcher(self, k: int) -> Index:
+        if k > MOST_NEIGHBOURS:
+            return self._layout.root
+        if self._fast is None:
+            self._fast = on_gpu(self._layout.root)
+        return self._fast
 
     def _unchanged(self, expected: str | None = None) -> None:
         unchanged(self._path, self._identity, expected)

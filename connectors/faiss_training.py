@@ -13,6 +13,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.connectors.faiss_gpu import on_gpu, training_on_gpu
 from simskip_vdb.connectors.faiss_tree import (
     ADDITIVE,
     FLAT,
@@ -110,10 +111,11 @@ def span(index: Index, rows: Iterable[Vectors]) -> None:
     learned = faiss.vector_to_array(storage.sq.trained)  # least values, then widths
     low, width = learned[: storage.d], learned[storage.d :]
     high = low + width
+    quantizer: Index = on_gpu(down(body.quantizer)) if type(body) in IVF else None
     for vectors in rows:
         parts = vectors[np.isfinite(vectors).all(axis=1)]
         if type(body) in IVF and body.by_residual and len(parts):
-            homes = body.quantizer.search(parts, 1)[1][:, 0]
+            homes = quantizer.search(parts, 1)[1][:, 0]
             parts = parts - body.quantizer.reconstruct_batch(homes)
         low = np.minimum(low, parts.min(axis=0, initial=np.inf))
         high = np.maximum(high, parts.max(axis=0, initial=-np.inf))
@@ -132,7 +134,8 @@ def _train_core(index: Index, sample: Vectors, extremes: Vectors | None) -> None
             part.pq.cp.min_points_per_centroid = 1
         if type(part) in ADDITIVE:
             _forget_codebooks(_additive(part))
-    index.train(sample)
+    with training_on_gpu(storage if type(index) not in IVF else index):
+        index.train(sample)
 
 
 def _additive(index: Index) -> Any:  # noqa: ANN401 FAISS's quantisers have no types
@@ -157,7 +160,7 @@ def _forget_centroids(ivf: Index) -> None:
     # None of these is in the file: this is how FAISS's constructor and factory set them, except
     # for the last, which keeps FAISS from printing a warning.
     ivf.cp.spherical = ivf.metric_type == faiss.METRIC_INNER_PRODUCT
-    if type(ivf) in RABITQ:
+    if type(ivf) in RABITQ and type(quantizer) in FLAT:
         ivf.cp.spherical = False  # means are nearer to the rows, whose codes are relative to them
     ivf.quantizer_trains_alone = 0 if type(quantizer) in FLAT else 2
     ivf.cp.min_points_per_centroid = 1

@@ -268,6 +268,22 @@ def test_a_reduction_is_learned_again_only_where_that_finds_more(
     assert ours >= theirs
 
 
+@pytest.mark.parametrize("factory", ["IVF4_HNSW4,RaBitQ", "IVF4,RaBitQ"])
+def test_centroids_of_a_rabitq(factory: str, rows: Vectors, tmp_path: Path) -> None:
+    index = faiss.index_factory(SMALL.dim, factory, IP)
+    index.train(rows)
+    index.add(rows)
+    path = tmp_path / "rows.faiss"
+    faiss.write_index(index, str(path))
+    store = open_store(str(path))
+    assert isinstance(store, TakesOriginals)
+    store.take_originals(rows)
+    store.replace([VectorBatch(ids=np.arange(len(rows)), vectors=rows * 2)], lambda candidate: None)
+    new = faiss.read_index(str(path))
+    norms = np.linalg.norm(new.quantizer.reconstruct_n(0, 4), axis=1)
+    assert np.allclose(norms, 1) is ("HNSW" in factory)  # over a graph FAISS takes no others
+
+
 @pytest.mark.parametrize("factory", ["IVF4,SQ8", "L2norm,SQ8", "RR,HNSW16,SQ8"])
 def test_ranges_cover_rows_that_were_not_learned_from(
     factory: str, rows: Vectors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
