@@ -15,6 +15,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.connectors.faiss_tree import IVF, REFINES, Index, core, down
-from simskip_vdb.connectors.swap import take_mode_and_owner
+from simskip_vdb.connectors.swap import Identity, take_mode_and_owner
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import StoreChangedError, StoreError
 
@@ -87,7 +88,16 @@ def list_file(index: Index, path: Path) -> ListFile | None:
 
 
 def mentions_lists(path: Path) -> bool:
-    """Tell an index file that keeps its lists in another one."""
+    """Tell an index file that keeps its lists in another one.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return _mentions_lists(path, Identity.of(path))
+
+
+@lru_cache(maxsize=8)
+def _mentions_lists(path: Path, identity: Identity) -> bool:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         at = data.find(b"ilod")
         while at >= 0:

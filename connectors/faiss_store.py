@@ -246,8 +246,7 @@ class FaissStore:
             with disk_errors(self._path):
                 copy_durably(kept, temporary)
             if self._lists is not None:
-                original = FaissStore(temporary, read_only=True)
-                check_origin(self._lists, original._lists, kept)
+                check_origin(self._lists, _lists_of(temporary, kept), kept)
             take_mode_and_owner(temporary, self._path)
             self._unchanged(expected)
             swap_in(temporary, self._path)
@@ -256,8 +255,8 @@ class FaissStore:
 
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
-        self._writable()
-        settle(self._path)
+        if not self._read_only:
+            settle(self._path)
 
     @property
     def _uri(self) -> str:
@@ -354,3 +353,14 @@ class FaissStore:
                 f"{self._path}: {old.kind} {dict(old.details)} became {new.kind} "
                 f"{dict(new.details)}; nothing was changed"
             )
+
+
+def _lists_of(staged_copy: Path, kept: Path) -> ListFile | None:
+    """Find the list file of a kept index where the index was, and see that both can be read."""
+    try:
+        return FaissStore(staged_copy, read_only=True)._lists
+    except StoreError as error:
+        raise StoreError(
+            f"{error}; nothing was changed. Otherwise remove {kept} and run the command again: "
+            "rows are then restored one by one"
+        ) from error

@@ -262,7 +262,10 @@ class LeavesFiles(Protocol):
     """Ability: writes files beside the store, which a killed run may leave behind."""
 
     def sweep(self) -> None:
-        """Remove files of our own that the store does not use; nobody else may be writing."""
+        """Remove files of our own that the store does not use; nobody else may be writing.
+
+        A store that was opened for reading only leaves them.
+        """
         ...
 
 
