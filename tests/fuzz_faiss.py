@@ -62,7 +62,8 @@ def main() -> None:
                 path.rename(kept)
                 sys.stdout.write(f"{name}: {outcome}, {result['grown'] >> 20} MiB: {kept}\n")
                 sys.stdout.flush()
-    sys.stdout.write(json.dumps({"seed": options.seed, "files": sum(counts.values()), **counts}))
+    total = {"seed": options.seed, "files": sum(counts.values()), **counts}
+    sys.stdout.write(json.dumps(total) + "\n")
 
 
 def contents() -> dict[str, tuple[bytes, Places]]:
