@@ -24,7 +24,7 @@ from simskip_vdb.errors import DataError, SimskipError, UnsupportedIndexError
 from simskip_vdb.journal import Journal
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import rollback, snapshot, write
-from simskip_vdb.store import TakesOriginals, VectorStore
+from simskip_vdb.store import VectorStore
 
 BY_NAME = {cell.name: cell for cell in CELLS}
 GOOD = [cell.name for cell in CELLS if cell.expect is not Expect.REFUSES]
@@ -255,7 +255,7 @@ def test_a_reduction_is_learned_again_only_where_that_finds_more(
     path = tmp_path / "rows.faiss"
     faiss.write_index(index, str(path))
     store = open_store(str(path))
-    assert isinstance(store, TakesOriginals)
+    assert isinstance(store, FaissStore)
     store.take_originals(rows)
     store.replace([VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
     after = faiss.read_index(str(path))
@@ -276,7 +276,7 @@ def test_centroids_of_a_rabitq(factory: str, rows: Vectors, tmp_path: Path) -> N
     path = tmp_path / "rows.faiss"
     faiss.write_index(index, str(path))
     store = open_store(str(path))
-    assert isinstance(store, TakesOriginals)
+    assert isinstance(store, FaissStore)
     store.take_originals(rows)
     store.replace([VectorBatch(ids=np.arange(len(rows)), vectors=rows * 2)], lambda candidate: None)
     new = faiss.read_index(str(path))
