@@ -36,7 +36,7 @@ clean:
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e '.[faiss,fit,eval,demo]'
+	$(PIP) -e '.[faiss,edge,fit,eval,demo]'
 	touch $@
 
 $(VENV)/dev.done: pyproject.toml constraints.txt

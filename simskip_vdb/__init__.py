@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from simskip_vdb.pipeline import evaluate as evaluate
     from simskip_vdb.pipeline import fit as fit
     from simskip_vdb.pipeline import refine as refine
-    from simskip_vdb.pipeline import rollback as rollback
-    from simskip_vdb.pipeline import status as status
     from simskip_vdb.refiner import Refiner as Refiner
+    from simskip_vdb.upkeep import prune as prune
+    from simskip_vdb.upkeep import rollback as rollback
+    from simskip_vdb.upkeep import status as status
 
 _HOMES = {
     "open_store": "connectors",
@@ -40,9 +41,10 @@ _HOMES = {
     "evaluate": "pipeline",
     "fit": "pipeline",
     "refine": "pipeline",
-    "rollback": "pipeline",
-    "status": "pipeline",
     "Refiner": "refiner",
+    "prune": "upkeep",
+    "rollback": "upkeep",
+    "status": "upkeep",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -253,7 +253,7 @@ def rollback(
     Where the file is as `refine` left it, the very bytes from before come back. Otherwise refined
     rows get their original vectors again, and rows that were added or changed since stay.
     """
-    from simskip_vdb import pipeline
+    from simskip_vdb import upkeep
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_rollback
 
@@ -265,7 +265,7 @@ def rollback(
             originals=originals,
             originals_ids=originals_ids,
         )
-        result = pipeline.rollback(store, state=state, progress=bars)
+        result = upkeep.rollback(store, state=state, progress=bars)
     _print(result, render_rollback, as_json)
 
 
@@ -275,12 +275,31 @@ def rollback(
 @shared.json
 def status(index: str, filter: str | None, state: Path | None, as_json: bool) -> None:  # noqa: A002
     """Tell whether INDEX is refined, by what, since when, with what gain, and how to undo it."""
-    from simskip_vdb import pipeline
+    from simskip_vdb import upkeep
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_status
 
     store = open_store(index, read_only=True, filter=filter)
-    _print(pipeline.status(store, state=state), render_status, as_json)
+    _print(upkeep.status(store, state=state), render_status, as_json)
+
+
+@cli.command()
+@shared.index
+@click.option(
+    "--final",
+    is_flag=True,
+    help="Also remove the file from before; rollback then restores rows, not the very file.",
+)
+@shared.state
+@shared.json
+def prune(index: str, filter: str | None, final: bool, state: Path | None, as_json: bool) -> None:  # noqa: A002
+    """Remove refiners and files that INDEX needs neither to go on nor to undo."""
+    from simskip_vdb import upkeep
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.report import render_prune
+
+    store = open_store(index, read_only=True, filter=filter)
+    _print(upkeep.prune(store, state=state, final=final), render_prune, as_json)
 
 
 def _prepare(

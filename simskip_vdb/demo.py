@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from simskip_vdb.datatypes import Progress, Vectors, silent
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import MissingDependencyError
 from simskip_vdb.judgments import JudgmentFiles, read_judgments
-from simskip_vdb.pipeline import Settings, refine, rollback
+from simskip_vdb.pipeline import Settings, refine
 from simskip_vdb.report import render
+from simskip_vdb.upkeep import rollback
 
 DOCS, VALIDATION = 1200, 150  # of 1,797 digits; the other 447 are test queries
 SHOWN = 6  # neighbours drawn beside a query
@@ -40,7 +42,8 @@ def run_demo(
         The report of refine, with the picture's path and both checksums.
 
     Raises:
-        MissingDependencyError: An extra is missing: demo, faiss, fit or eval.
+        MissingDependencyError: An extra is missing: demo, faiss, fit or eval. Without edge, the
+            shard is left out.
     """
     images, labels = _digits(seed)
     vectors = images / np.linalg.norm(images, axis=1, keepdims=True)
@@ -68,12 +71,56 @@ def run_demo(
         f"  SHA-256 before {before_sha}\n  SHA-256 now    {after_sha}"
         f"  {'the same' if before_sha == after_sha else 'DIFFERENT'}"
     )
+    shard = _refine_shard(folder, vectors, labels, settings, progress, say)
     return {
         **report.to_dict(),
+        "shard": shard,
         "picture": str(picture),
         "sha256": {"before": before_sha, "after_rollback": after_sha},
         "rolled_back": undone,
     }
+
+
+def _refine_shard(
+    folder: Path,
+    vectors: Vectors,
+    labels: NDArray[np.int64],
+    settings: Settings,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Refine the same rows in a Qdrant Edge shard, where the digit is a payload field."""
+    try:
+        import qdrant_edge as edge
+    except ImportError:
+        say("\nthe same in a Qdrant Edge shard: pip install 'simskip-vdb[edge]'")
+        return None
+    path = folder / "digits-shard"
+    for old in (path, path.with_name(f"{path.name}.simskip")):
+        shutil.rmtree(old, ignore_errors=True)
+    path.mkdir()
+    params = edge.EdgeVectorParams(vectors.shape[1], edge.Distance.Cosine)
+    shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=params))
+    points = [
+        edge.Point(i, row, {"digit": int(label)})
+        for i, (row, label) in enumerate(zip(vectors[:DOCS].tolist(), labels, strict=False))
+    ]
+    shard.update(edge.UpdateOperation.upsert_points(points))
+    shard.close()
+    uri = f"qdrant-edge:{path}"
+    files = replace(_files(folder), labels=None)
+    judgments = read_judgments(files, group_field="digit")
+    report = refine(
+        open_store(uri), judgments, replace(settings, search_params={}), progress=progress
+    )
+    undone = rollback(open_store(uri), progress=progress) if report.exit_code == 0 else None
+    found = report.measures[report.measure]
+    say(
+        f"\nthe same rows in a Qdrant Edge shard, {uri}, with --group-field digit:\n"
+        f"  {report.measure} {found['before']:.4f} → {found['after']:.4f}, "
+        + (f"{undone['restored']:,} rows restored" if undone is not None else "nothing written")
+    )
+    return {"index": uri, "measures": dict(report.measures), "rolled_back": undone}
 
 
 def _digits(seed: int) -> tuple[Vectors, NDArray[np.int64]]:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, id_names, silent
-from simskip_vdb.pipeline import status
 from simskip_vdb.report import number
 from simskip_vdb.rows import row_digests
 from simskip_vdb.search import exact_search
 from simskip_vdb.store import VectorStore
+from simskip_vdb.upkeep import status
 
 SCAN_ROWS = 8192
 SAMPLE = 20_000  # rows that hubness is measured on, taken evenly

@@ -253,6 +253,15 @@ class Journal:
             table = pa.ipc.open_file(source).read_all()
         return ids_from_arrow(table["id"]), table["digest"].to_numpy()
 
+    def forget_kept(self) -> list[str]:
+        """Let go of the index file from before the first write; return what was removed."""
+        current = self.manifest.current
+        if current is None or current.kept is None:
+            return []
+        self._update(current=replace(current, kept=None))
+        self._sweep()
+        return [current.kept.name]
+
     def mark_copy(self, source: str, write: Write) -> None:
         """Record that this index is a refined copy of another one."""
         self._update(copy_of=source, current=write)

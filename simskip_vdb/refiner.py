@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -24,6 +25,8 @@ from safetensors import SafetensorError
 
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
 from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.markers import marker_of
+from simskip_vdb.store import VectorStore
 
 SCHEMA = 1
 WEIGHTS_FILE = "refiner.safetensors"
@@ -158,6 +161,29 @@ class Refiner:
         if self.side is Side.DOCS or self.alpha == 0 or not self.layers:
             return x
         return self._apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
+
+    def check(self, store: VectorStore) -> None:
+        """Make sure that queries through this refiner belong to the rows of a store.
+
+        A service calls it when it starts, and whenever the store may have been refined again.
+
+        Raises:
+            ConfigError: The store was refined by another refiner, or by none; or its dimension or
+                metric is another.
+        """
+        info = store.info()
+        if (info.dim, info.metric) != (self.dim, self.metric):
+            raise ConfigError(
+                f"refiner {self.id} is for {self.dim} dimensions and {self.metric.value}, "
+                f"{info.uri} has {info.dim} and {info.metric.value}"
+            )
+        note = marker_of(store)
+        if note is None or note.get("refiner") != self.id:
+            held = "originals" if note is None else f"rows refined by {note.get('refiner')}"
+            raise ConfigError(
+                f"{info.uri} holds {held}, not by {self.id}; load the refiner that wrote it "
+                f"(simskip status {shlex.quote(info.uri)})"
+            )
 
     def save(self, folder: Path | str) -> None:
         """Write the refiner to two files in `folder`, which is made if need be.

@@ -131,12 +131,22 @@ def render_status(status: Mapping[str, Any]) -> str:
         lines.append(f"refined by {current['refiner']} on {when}, side {current['side']}")
         lines.append(f"  {_gain(current)}")
         if status["changed_since"]:
-            lines.append("  the file was changed since; changed and added rows are not ours")
+            lines.append("  it was changed since; changed and added rows are not ours")
         if not status["copy_of"]:
             lines.append(f"undo: {undo_command(status['index'])}")
     if status["state"]:
         lines.append(f"state: {status['state']} ({_bytes(status['state_bytes'])})")
         lines.append(f"looks at test queries so far: {status['looks']}")
+    return "\n".join(lines)
+
+
+def render_prune(result: Mapping[str, Any]) -> str:
+    """Say what a prune removed."""
+    lines = [
+        f"{result['index']}: {_bytes(result['bytes'])} freed, {_bytes(result['left'])} stay",
+        *(f"  removed {name}" for name in result["removed"]),
+        *(f"note: {note}" for note in result["notes"]),
+    ]
     return "\n".join(lines)
 
 

@@ -20,9 +20,10 @@ from simskip_vdb.datatypes import Metric, Side, VectorBatch, Vectors
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
 from simskip_vdb.judgments import Judgments
-from simskip_vdb.pipeline import Settings, refine, rollback
+from simskip_vdb.pipeline import Settings, refine
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.store import VectorStore
+from simskip_vdb.upkeep import rollback
 
 COUNT, DIM = 300, 12
 HALF = np.float32(0.5)

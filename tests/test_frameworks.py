@@ -18,7 +18,8 @@ from simskip_vdb.connectors import open_store
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import ConfigError, StoreError
 from simskip_vdb.judgments import Judgments
-from simskip_vdb.pipeline import Settings, refine, rollback
+from simskip_vdb.pipeline import Settings, refine
+from simskip_vdb.upkeep import rollback
 
 COUNT, DIM = 60, 8
 

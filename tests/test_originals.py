@@ -18,8 +18,9 @@ from simskip_vdb.connectors import open_store
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import ConfigError, DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.judgments import Judgments
-from simskip_vdb.pipeline import Settings, refine, rollback
+from simskip_vdb.pipeline import Settings, refine
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.upkeep import rollback
 
 COUNT, DIM = 600, 16
 Make = Callable[..., Path]

@@ -68,6 +68,26 @@ def open_(case: Case) -> VectorStore:
     return ss.open_store(str(case.index))
 
 
+def test_pruning_for_good_leaves_the_rows_way_back(copy: tuple[Case, Report, str]) -> None:
+    case, _, _ = copy
+    (kept,) = [file for file in Path(f"{case.index}.simskip").glob("kept-*")]
+    assert ss.prune(open_(case))["removed"] == []
+    done = ss.prune(open_(case), final=True)
+    assert done["removed"] == [kept.name]
+    assert not kept.exists()
+    undone = ss.rollback(open_(case))
+    assert (undone["restored"], undone["kept"]) == (ROWS, 0)
+
+
+def test_a_service_checks_the_refiner_of_a_file(refined: tuple[Case, Report, str]) -> None:
+    case, report, _ = refined
+    assert report.refiner is not None
+    folder = Path(f"{case.index}.simskip") / "refiners" / str(report.refiner["id"])
+    ss.Refiner.load(folder).check(open_(case))
+    with pytest.raises(ConfigError, match="load the refiner that wrote it"):
+        random_refiner(16, np.arange(4)).check(open_(case))
+
+
 def test_a_gain_is_found_proven_and_written(refined: tuple[Case, Report, str]) -> None:
     case, report, before = refined
     assert report.gate is not None

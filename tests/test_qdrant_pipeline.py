@@ -17,7 +17,7 @@ from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError, JournalError
 from simskip_vdb.judgments import Judgments
-from simskip_vdb.report import Report, render
+from simskip_vdb.report import Report, render, render_prune
 
 BESIDE = f"{VECTOR}@simskip"
 
@@ -139,6 +139,33 @@ def test_a_new_vector_follows_rows_that_change(engine: Engine, refiner: Path) ->
     if report.gate is not None and report.gate.passed:
         assert_same(engine.rows(BESIDE), refined(engine, refiner, engine.rows()))
     assert engine.rows()[str(engine.points[3])].tolist() == newer.tolist()
+
+
+def test_a_service_checks_its_refiner(engine: Engine, refiner: Path) -> None:
+    loaded, other = Refiner.load(refiner), Refiner.identity(DIM)
+    with engine.open() as store, pytest.raises(ConfigError, match="holds originals"):
+        loaded.check(store)
+    refine(engine, Settings(refiner=refiner))
+    with engine.open() as store:
+        loaded.check(store)
+        with pytest.raises(ConfigError, match=f"rows refined by {loaded.id}"):
+            other.check(store)
+        with pytest.raises(ConfigError, match="3 dimensions"):
+            Refiner.identity(3).check(store)
+
+
+def test_pruning_keeps_what_undoes(engine: Engine, refiner: Path) -> None:
+    before = engine.rows()
+    refine(engine, Settings(refiner=refiner))
+    spare = engine.state / "refiners" / "spare"
+    Refiner.identity(DIM).save(spare)
+    with engine.open() as store:
+        done = ss.prune(store, state=engine.state)
+    assert done["removed"] == ["refiners/spare"]
+    assert done["bytes"] > 0
+    assert "freed" in render_prune(done)
+    assert rollback(engine)["exact"]
+    assert_same(engine.rows(), before)
 
 
 def test_side_both_leaves_the_vectors_of_raw_queries_alone(engine: Engine, refiner: Path) -> None:

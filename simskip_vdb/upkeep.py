@@ -1,0 +1,142 @@
+"""What a refined index needs later: its status, the way back, and the room that its state takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from simskip_vdb.datatypes import Progress, silent
+from simskip_vdb.errors import ConfigError
+from simskip_vdb.journal import Journal, Write
+from simskip_vdb.ledger import Ledger
+from simskip_vdb.reindex import fingerprint, recover
+from simskip_vdb.reindex import rollback as roll_back
+from simskip_vdb.report import undo_command
+from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.targets import holds
+from simskip_vdb.workspace import check_marker, forget_elsewhere, state_folder
+
+
+def rollback(
+    store: VectorStore, *, state: Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Restore the vectors that an index held before it was refined.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the one beside it.
+        progress: Called with (stage, done, total).
+
+    Returns:
+        index, exact, restored, kept, and the sha256 of a file or the digest of all rows.
+
+    Raises:
+        ConfigError: There is nothing to roll back.
+        JournalError: The state is damaged, or which original belongs where is ambiguous.
+    """
+    folder, info = state_folder(store, state), store.info()
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
+    with Journal(folder, info) as journal:
+        check_marker(store, journal)
+        recover(store, journal)
+        done = roll_back(store, journal, progress)
+        forget_elsewhere(info.state)
+    return {
+        "schema": 1,
+        "index": info.uri,
+        "exact": done.exact,
+        "restored": done.restored,
+        "kept": done.kept,
+        "sha256" if isinstance(store, FileBacked) else "digest": done.fingerprint,
+    }
+
+
+def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
+    """Tell whether an index is refined, by what, since when, with what gain, and how to undo it.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the one beside it.
+    """
+    info = store.info()
+    folder = state_folder(store, state)
+    known = (folder / "manifest.json").is_file()
+    journal = Journal(folder, info)
+    current = journal.manifest.current
+    refined = None
+    if current is not None:
+        refined = {"refiner": current.refiner, "time": current.time, **current.summary}
+    return {
+        "schema": 1,
+        "index": info.uri,
+        "kind": info.kind,
+        "rows": info.count,
+        "dim": info.dim,
+        "state": str(folder) if known else None,
+        "state_bytes": journal.size if known else 0,
+        "refined": refined,
+        "copy_of": journal.manifest.copy_of,
+        "interrupted": journal.manifest.pending is not None,
+        "changed_since": current is not None and _changed(store, journal, current),
+        "looks": len(Ledger(folder).looks),
+        "history": [dict(entry) for entry in journal.manifest.history],
+        "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
+    }
+
+
+def prune(store: VectorStore, *, state: Path | None = None, final: bool = False) -> dict[str, Any]:
+    """Remove from the state what is needed neither to go on nor to undo.
+
+    These are refiners that were fitted and not written. With `final` the old index file goes as
+    well: `rollback` then restores rows from their originals, which stay, instead of the very file.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the usual one.
+        final: Also remove the index file from before the first refinement.
+
+    Returns:
+        index, removed (names), bytes (how many were freed), left (bytes that stay), notes.
+
+    Raises:
+        ConfigError: There is no state.
+        JournalError: The state is damaged or in use.
+    """
+    folder, info = state_folder(store, state), store.info()
+    if not (folder / "manifest.json").is_file():
+        raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
+    with Journal(folder, info) as journal:
+        recover(store, journal)
+        before = journal.size
+        manifest = journal.manifest
+        used = {write.refiner for write in (manifest.current, manifest.pending) if write}
+        unused = [path for path in sorted(journal.refiners.glob("*")) if path.name not in used]
+        for path in unused:
+            shutil.rmtree(path)
+        removed = [f"refiners/{path.name}" for path in unused]
+        if final and isinstance(store, FileBacked):
+            removed += journal.forget_kept()
+        left = journal.size
+    notes = []
+    current = manifest.current
+    if current is not None and current.origin:
+        notes.append(
+            f"the collection {current.origin!r} from before is yours: delete it when you will not "
+            "go back to it"
+        )
+    return {
+        "schema": 1,
+        "index": info.uri,
+        "removed": removed,
+        "bytes": before - left,
+        "left": left,
+        "notes": notes,
+    }
+
+
+def _changed(store: VectorStore, journal: Journal, current: Write) -> bool:
+    if isinstance(store, FileBacked):
+        return fingerprint(store) != current.fingerprint
+    return not holds(store, journal, current)
