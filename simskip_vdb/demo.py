@@ -110,14 +110,13 @@ def _refine_shard(
     uri = f"qdrant-edge:{path}"
     files = replace(_files(folder), labels=None)
     judgments = read_judgments(files, group_field="digit")
-    report = refine(
-        open_store(uri), judgments, replace(settings, search_params={}), progress=progress
-    )
-    undone = rollback(open_store(uri), progress=progress) if report.exit_code == 0 else None
-    found = report.measures[report.measure]
+    store = open_store(uri)
+    report = refine(store, judgments, replace(settings, search_params={}), progress=progress)
+    undone = rollback(store, progress=progress) if report.exit_code == 0 else None
+    found = report.measures["nDCG@10"]
     say(
         f"\nthe same rows in a Qdrant Edge shard, {uri}, with --group-field digit:\n"
-        f"  {report.measure} {found['before']:.4f} → {found['after']:.4f}, "
+        f"  nDCG@10 {found['before']:.4f} → {found['after']:.4f}, "
         + (f"{undone['restored']:,} rows restored" if undone is not None else "nothing written")
     )
     return {"index": uri, "measures": dict(report.measures), "rolled_back": undone}
