@@ -266,6 +266,10 @@ def _forecast(report: Mapping[str, Any]) -> str:
         f"originals take {_bytes(forecast['originals_bytes'])}, "
         f"{_bytes(forecast['free_bytes'])} are free",
     ]
+    if forecast["engine_bytes"]:
+        lines.append(
+            f"until it is optimised, the engine needs up to {_bytes(forecast['engine_bytes'])} more"
+        )
     for sample in forecast["samples"]:
         before, after = (
             ", ".join(f"{x:+.3f}" for x in sample[name]) for name in ("before", "after")

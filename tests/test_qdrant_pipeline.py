@@ -288,6 +288,8 @@ def test_documents_are_named_by_point_ids_where_no_field_is(engine: Engine) -> N
         report = ss.refine(store, given, Settings(state=engine.state, dry_run=True))
     assert report.forecast is not None
     assert report.forecast["rows"] == ROWS
+    assert report.forecast["engine_bytes"] == ROWS * DIM * 4
+    assert "until it is optimised" in render(report.to_dict())
     assert report.queries["fit"] > 100
 
 
