@@ -18,6 +18,8 @@ PACKAGES = (
     "scipy",
     "ir-measures",
     "pyarrow",
+    "qdrant-client",
+    "qdrant-edge-py",
     "nudge-ft",
 )
 
