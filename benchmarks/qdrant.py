@@ -107,7 +107,7 @@ class Memory(Engine):
         self.client.update_collection_aliases([models.CreateAliasOperation(create_alias=lead)])
         for start in range(0, len(points), 1000):
             part = points[start : start + 1000]
-            structs = [models.PointStruct(id=int(i), vector=v, payload=p) for i, v, p in part]  # type: ignore[arg-type]
+            structs = [models.PointStruct(id=int(i), vector=v, payload=p) for i, v, p in part]
             self.client.upsert(ALIAS, structs)
 
     @contextmanager
