@@ -74,7 +74,7 @@ def run(dataset: Dataset, method: str, seed: int) -> dict[str, Any]:
         k = max(depth(space.measures, judged), 10)
         before = _search(space, Moved(rows=dataset.vectors, queries=lambda q: q), judged, k)
         after = _search(space, moved, judged, k)
-        seen = _seen(space)
+        seen = _seen(space, name)
         if method != name:
             after, seen = _all_unseen(space, name, k), np.zeros(len(judged), np.bool_)
             late = None
@@ -93,7 +93,7 @@ def run(dataset: Dataset, method: str, seed: int) -> dict[str, Any]:
             "after": now[space.measure].round(4).tolist(),
             "seen": "".join("01"[known] for known in seen.tolist()),
             "late": None if late is None else late.to_dict(),
-            "gate": _gate(space, was, now, late),
+            "gate": _gate(space, was, now, seen, late),
             "fit_seconds": round(seconds, 1),
         }
         if space.judged.groups is not None:
@@ -223,17 +223,22 @@ def _search(
     return space.search(moved.queries(judged.vectors), [(0, moved.rows)], k, skip).ids
 
 
-def _seen(space: Workspace) -> Mask:
+def _seen(space: Workspace, name: str) -> Mask:
     test = space.judged.queries[Split.TEST]
     if space.judged.groups is not None:
         return np.ones(len(test), np.bool_)
-    return seen_queries(test, relevant_rows(space.judged.queries[Split.FIT]))
+    # Ours learns from drawn validation queries as well, once they have made the choice.
+    both = "judged" in name and space.judged.validation_drawn
+    learnt = (Split.FIT, Split.VALIDATION) if both else (Split.FIT,)
+    known = [relevant_rows(space.judged.queries[split]) for split in learnt]
+    return seen_queries(test, np.concatenate(known))
 
 
 def _gate(
     space: Workspace,
     was: dict[str, NDArray[np.float64]],
     now: dict[str, NDArray[np.float64]],
+    seen: Mask,
     late: LateRows | None,
 ) -> dict[str, Any]:
     """Let the gate decide as at a first look."""
@@ -243,7 +248,7 @@ def _gate(
         measure=space.measure,
         look=1,
         chosen=compare(before, after, look_level(1), seed),
-        strata=compare_strata(before, after, _seen(space), seed),
+        strata=compare_strata(before, after, seen, seed),
         late_rows=late,
     )
     return decide(evidence).to_dict()

@@ -24,7 +24,7 @@ Scores = NDArray[np.float64]
 
 STRENGTHS = (0.1, 0.3, 1.0)
 """Lengths of random moves of unit rows."""
-MOVES = Plan(steps=FitSettings().steps, alpha=0.5, beta=0.5)
+MOVES = Plan(alpha=0.5, beta=0.5)
 """Validation would choose to move nothing, and nothing would come to the gate."""
 
 

@@ -28,7 +28,7 @@ from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
-RECIPE = ("config", "losses", "model", "pairs", "sampling", "training")
+RECIPE = ("config", "fitting", "losses", "model", "pairs", "sampling", "training")
 
 
 def main() -> None:

@@ -69,9 +69,9 @@ def applies(space: Workspace) -> bool:
 def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
     """Fit a refiner for each fold of the queries, and the one to be written on all of them.
 
-    A fold's refiner is chosen inside the other folds: one of them validates steps, alpha and beta
-    of a fit on the rest, and what was chosen is fitted again on all of them. The refiner of all
-    queries takes the folds' median alpha and beta, and the steps that most of them chose. From
+    A fold's refiner is chosen inside the other folds: one of them validates alpha and beta of
+    a fit on the rest, and what was chosen is fitted again on all of them. The refiner of all
+    queries takes the folds' median alpha and beta. From
     here on, all queries count as fitted on.
 
     Args:
@@ -93,7 +93,7 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
             refiners.append(refiner)
             plans.append(plan)
         plan = _median(plans)
-        info: dict[str, Any] = {"folds": [[p.steps, p.alpha, p.beta] for p in plans]}
+        info: dict[str, Any] = {"folds": [[p.alpha, p.beta] for p in plans]}
         rule = LateRule.RAW
         if plan.alpha or plan.beta:
             rule, info["late_rows"] = _late_rows(space, parts, plan, progress)
@@ -174,9 +174,7 @@ def _fit(
 def _median(plans: list[Plan]) -> Plan:
     from simskip_vdb.training import Plan
 
-    moving = [plan.steps for plan in plans if plan.steps]
     return Plan(
-        steps=max(sorted(set(moving), reverse=True), key=moving.count) if moving else 0,
         alpha=float(np.median([plan.alpha for plan in plans])),
         beta=float(np.median([plan.beta for plan in plans])),
     )

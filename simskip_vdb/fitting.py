@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,19 +13,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Progress, Split
+from simskip_vdb.config import Signal
+from simskip_vdb.datatypes import JudgedQueries, Progress, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
-from simskip_vdb.measuring import Measured, judgments_digest, measure
+from simskip_vdb.measuring import Measured, judgments_digest, learnt_from, measure
 from simskip_vdb.refiner import LateRule, Refiner
+from simskip_vdb.resolution import concatenate
 from simskip_vdb.rows import hash_ids, row_digests
+from simskip_vdb.splits import near_identical, unit_hash
 from simskip_vdb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from simskip_vdb.training import Fitted, Problem
+    from simskip_vdb.training import Fitted, Plan, Problem
 
 TOP = 10
 LATE_ROWS = 0.1  # part of the rows that the probe treats as late
+FEW_QUERIES = 300  # fewer validation queries are too few to choose by on their own
+FOLDS = 4  # with validation, a quarter of what it was drawn from, as the first
 
 Mask = NDArray[np.bool_]
 
@@ -58,8 +63,21 @@ def validated(refiner: Refiner) -> Measured | None:
     return None if found is None else Measured(**found)
 
 
+def learnt_since(refiner: Refiner, space: Workspace) -> bool:
+    """Tell whether it learnt from all of this index's validation queries once they had chosen it.
+
+    What `validated` returns is then all that they have to say.
+    """
+    learnt = learnt_from(refiner, space.judged.queries[Split.VALIDATION])
+    return bool(learnt.all()) and refiner.info.get("validated_on") == _validated_on(space)
+
+
+def _validated_on(space: Workspace) -> str:
+    return judgments_digest(space.judged.queries[Split.VALIDATION], space.rows.ids)
+
+
 def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
-    from simskip_vdb.training import Plan, Problem, fit_refiner
+    from simskip_vdb.training import Plan, Problem, fit_refiner, moved
 
     judged, settings = space.judged, space.settings.fit
     fit_queries = judged.queries[Split.FIT]
@@ -72,37 +90,88 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         usable=space.usable & ~space.twins(judged.held_out),
     )
 
-    def fit(stage: str, problem: Problem, plan: Plan | None) -> Fitted:
+    def fit(
+        stage: str, problem: Problem, plan: Plan | None, held: JudgedQueries | None = None
+    ) -> Fitted:
         return fit_refiner(
             problem,
             settings,
-            space.validate,
+            lambda refiner: space.validate(refiner, judged=held),
             progress=lambda done, total, _: progress(stage, done, total),
             plan=plan,
         )
 
     if not len(judged.queries[Split.VALIDATION]):
         # Nothing to choose by: all of f, as published; the gate will find nothing measured.
-        fitted = fit("fit", problem, Plan(steps=settings.steps, alpha=1.0, beta=1.0))
+        fitted = fit("fit", problem, Plan(alpha=1.0, beta=1.0))
         return recorded(fitted.refiner, space, problem, _info(fitted, key))
-    fitted = fit("fit", problem, None)
-    info = _info(fitted, key)
-    measured = measure(space, fitted.refiner, Split.VALIDATION)
+    fits = [fit("fit", problem, None)]
+    whole = _whole(space, problem, fits[0].signal)
+    folds = _folds(space) if whole.queries is not problem.queries else []
+    fits += [fit("fold", replace(problem, queries=rest), None, held) for rest, held in folds]
+    sizes = [len(judged.queries[Split.VALIDATION]), *(len(held) for _, held in folds)]
+    plan, choice = _chosen(fits, sizes)
+    refiner = moved(fits[0].whole, plan)
+    info = _info(fits[0], key) | {"choice": choice}
+    measured = measure(space, refiner, Split.VALIDATION)
     assert measured is not None
     info["validation"] = asdict(measured[0])
-    refiner = fitted.refiner
+    info["validated_on"] = _validated_on(space)
     if refiner.is_identity:
         return recorded(refiner, space, problem, info)
     late = choose_late_rows(space)
-    probe = fit("probe", replace(problem, late=late), fitted.plan).refiner
+    probe = fit("probe", replace(problem, late=late), plan).refiner
     share, rule = treat_late_rows(space, probe, late)
     info["late_rows"] = {**share.to_dict(), "rule": rule.value}
+    if whole is not problem:
+        refiner = fit("fit on all", whole, plan).refiner
+    return recorded(replace(refiner, late=rule), space, whole, info)
+
+
+def _whole(space: Workspace, problem: Problem, signal: Signal) -> Problem:
+    """Return what may be learnt from once the choice is made: all that was shared out but test."""
+    queries = problem.queries
+    if space.judged.validation_drawn and signal is Signal.JUDGED:
+        queries = concatenate(
+            [space.judged.queries[split] for split in (Split.FIT, Split.VALIDATION)], space.info.dim
+        )
+    usable = problem.usable
     if space.held(Split.VALIDATION).any():
-        # The choice is made: rows that stood in for validation queries may now be learnt from.
-        whole = replace(problem, usable=space.usable & ~space.twins(space.held(Split.TEST)))
-        refiner = fit("fit on all rows", whole, fitted.plan).refiner
-        problem = whole
-    return recorded(replace(refiner, late=rule), space, problem, info)
+        usable = space.usable & ~space.twins(space.held(Split.TEST))
+    if queries is problem.queries and usable is problem.usable:
+        return problem
+    return replace(problem, queries=queries, usable=usable)
+
+
+def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
+    """Return queries to learn from and to choose by, beside fit and validation, if these are few.
+
+    Near-identical queries stay together.
+    """
+    fit, validation = (space.judged.queries[split] for split in (Split.FIT, Split.VALIDATION))
+    if len(validation) >= FEW_QUERIES:
+        return []
+    clusters = near_identical(fit.vectors)
+    leaders = [fit.ids[i] for i in np.unique(clusters, return_index=True)[1]]
+    drawn = unit_hash(leaders, space.settings.fit.seed + 1) * (FOLDS - 1)
+    fold = drawn.astype(np.int64)[np.unique(clusters, return_inverse=True)[1]]
+    parts = [(fit.subset(fold != i), fit.subset(fold == i)) for i in range(FOLDS - 1)]
+    return [
+        (concatenate([rest, validation], space.info.dim), held) for rest, held in parts if len(held)
+    ]
+
+
+def _chosen(fits: Sequence[Fitted], sizes: Sequence[int]) -> tuple[Plan, dict[str, Any]]:
+    """Choose the plan that is best on average over the queries that each fit was chosen by."""
+    scores = np.average([[t.score for t in fit.trials] for fit in fits], axis=0, weights=sizes)
+    best = int(np.argmax(scores))  # the first of equals: the smallest move
+    choice = {
+        "identity": float(scores[0]),
+        "best": float(scores[best]),
+        "candidates": len(scores),
+        "queries": sum(sizes),
+    }
+    return fits[0].trials[best].plan, choice
 
 
 def recorded(
@@ -110,6 +179,8 @@ def recorded(
 ) -> Refiner:
     """Note in a refiner what it learnt from and was chosen by, which proves nothing about it."""
     learnt = [row_digests(space.judged.queries[Split.FIT].vectors)]
+    if problem.queries is not None:
+        learnt.append(row_digests(problem.queries.vectors))
     if problem.groups is not None:
         learnt.append(space.digests[problem.usable])
     return replace(
@@ -166,17 +237,10 @@ def _info(fitted: Fitted, key: str) -> dict[str, Any]:
     return {
         "fit_key": key,
         "signal": fitted.signal.value,
-        "choice": _choice(fitted),
+        "choice": None,
         "simskip_vdb": version("simskip-vdb"),
         "torch": torch.__version__,
     }
-
-
-def _choice(fitted: Fitted) -> dict[str, Any] | None:
-    scores = [trial.score for trial in fitted.trials]
-    if not scores:
-        return None
-    return {"identity": scores[0], "best": max(scores), "candidates": len(scores)}
 
 
 def _recall(folder: Path, key: str) -> Refiner | None:
@@ -219,6 +283,6 @@ def describe(info: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f"the best of {found['candidates']} candidates scored {found['best']:.4f} on validation, "
-        f"the vectors as they are {found['identity']:.4f}"
+        f"the best of {found['candidates']} candidates scored {found['best']:.4f} on "
+        f"{found['queries']} queries to choose by, the vectors as they are {found['identity']:.4f}"
     )

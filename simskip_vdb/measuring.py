@@ -121,7 +121,7 @@ def measure(
         overlap = None
         if space.judged.groups is not None:
             overlap = group_overlap(judged, before, after)
-        scored = Scored(judged=judged, seen=_seen(space, judged), before=was, after=now)
+        scored = Scored(judged=judged, seen=_seen(space, refiner, judged), before=was, after=now)
         measured, evidence = weigh(space, refiner, scored, look)
     return (
         replace(measured, split=split.value, group_overlap=overlap, left_out=given - len(judged)),
@@ -174,6 +174,11 @@ def weigh(
     return measured, evidence
 
 
+def learnt_from(refiner: Refiner, judged: JudgedQueries) -> NDArray[np.bool_]:
+    """Tell which queries a refiner learnt from, shape (m,)."""
+    return np.isin(row_digests(judged.vectors), refiner.fitted_on)
+
+
 def _unseen(refiner: Refiner, judged: JudgedQueries, split: Split) -> JudgedQueries:
     """Leave out queries that the refiner learnt from or, for test, was chosen by."""
     known = refiner.fitted_on
@@ -197,10 +202,13 @@ def judgments_digest(judged: JudgedQueries, row_ids: Ids) -> str:
     return digest.hexdigest()[:16]
 
 
-def _seen(space: Workspace, judged: JudgedQueries) -> NDArray[np.bool_]:
+def _seen(space: Workspace, refiner: Refiner, judged: JudgedQueries) -> NDArray[np.bool_]:
     if space.judged.groups is not None:  # every group was learnt from
         return np.ones(len(judged), np.bool_)
-    return seen_queries(judged, relevant_rows(space.judged.queries[Split.FIT]))
+    validation = space.judged.queries[Split.VALIDATION]
+    also = validation.subset(learnt_from(refiner, validation))
+    known = [relevant_rows(queries) for queries in (space.judged.queries[Split.FIT], also)]
+    return seen_queries(judged, np.concatenate(known))
 
 
 def _late_rows(refiner: Refiner) -> LateRows | None:
@@ -225,7 +233,8 @@ class ThroughIndex:
         self._judged = space.judged.queries[split]
         self._lookup = Lookup(space.rows.ids)
         # Rows that act as queries would find themselves: only the index itself is measured then.
-        self._scored = len(self._judged) > 0 and space.skipped(split) is None
+        learnt = learnt_from(refiner, self._judged)
+        self._scored = not learnt.all() and space.skipped(split) is None
         self._queries = self._judged.vectors if len(self._judged) else _some_rows(space)
         self.measures: dict[str, dict[str, float]] = {}
         self.ann: dict[str, float] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from simskip_vdb.crossfit import applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, silent
 from simskip_vdb.errors import ConfigError, DataError
-from simskip_vdb.fitting import describe, fit_or_recall, validated
+from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
 from simskip_vdb.gate import Decision, decide
 from simskip_vdb.journal import IN_PLACE
 from simskip_vdb.judgments import Judgments
@@ -29,6 +29,11 @@ from simskip_vdb.workspace import (
     open_workspace,
 )
 from simskip_vdb.writing import finish, interrupted, reindex, unchanged
+
+LEARNT_SINCE = (
+    "the refiner learnt from the validation queries once they had chosen it; shown is what they "
+    "said before (fresh evidence: --on test)"
+)
 
 __all__ = ["Settings", "evaluate", "fit", "refine"]
 
@@ -97,15 +102,20 @@ def evaluate(
         if not len(space.judged.queries[on]):
             raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
         as_is = written is not None and settings.refiner is None
-        measured = measure(space, refiner, on, as_is=as_is)
-        assert measured is not None
+        recalled = on is Split.VALIDATION and learnt_since(refiner, space)
+        measured = validated(refiner) if recalled else None
+        if measured is None:
+            found = measure(space, refiner, on, as_is=as_is)
+            assert found is not None
+            measured = found[0]
         through = ThroughIndex(space, refiner, on)
         if written is not None and written.refiner == refiner.id:
             through.look("after", space.held_by, refiner, as_is=True)
         else:
             through.look("before", store, None)
-        report = build_report(space, "evaluate", refiner, folder, measured[0])
-        return replace(report, through_index=through.measures, ann_recall=through.ann)
+        report = build_report(space, "evaluate", refiner, folder, measured)
+        notes = (*report.notes, LEARNT_SINCE) if recalled else report.notes
+        return replace(report, notes=notes, through_index=through.measures, ann_recall=through.ann)
 
 
 def refine(

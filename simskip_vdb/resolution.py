@@ -38,6 +38,8 @@ class Resolved:
         held: Rows that act as queries of a split, positions; only where groups have no queries.
             They are no results of that split's queries, and test's are none of validation's.
         held_out: Shape (n,); the rows of `held`.
+        validation_drawn: Whether validation queries were drawn from those that are shared out, so
+            that they may be learnt from once the choice is made.
         assigned: The split of every query, with those of earlier runs; to be kept for later runs.
         shared: Whether all queries came as one set, shared out by hash.
         notes: What was skipped.
@@ -47,6 +49,7 @@ class Resolved:
     groups: Positions | None
     held: Mapping[Split, Positions]
     held_out: Mask
+    validation_drawn: bool
     assigned: Mapping[str, Split]
     shared: bool = False
     notes: tuple[Note, ...] = ()
@@ -98,6 +101,7 @@ def resolve(
         groups=places.groups,
         held=held,
         held_out=np.isin(np.arange(len(rows.ids)), _together(held.values())),
+        validation_drawn=judgments.queries is not None and judgments.dev is None,
         assigned={**assigned, **now},
         shared=judgments.queries is not None and not explicit,
         notes=tuple(notes.all),
@@ -193,7 +197,7 @@ def _shares(explicit: Mapping[Split, JudgedQueries]) -> dict[Split, float]:
 
 
 def concatenate(parts: Sequence[JudgedQueries], dim: int) -> JudgedQueries:
-    """Return the queries of all parts, in their order."""
+    """Join queries and their judgments; `dim` is the vectors', for no parts at all."""
     counts = [np.diff(part.indptr) for part in parts]
     return JudgedQueries(
         ids=tuple(name for part in parts for name in part.ids),

@@ -30,7 +30,7 @@ from simskip_vdb.sampling import Sampler, Step
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
 
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # candidates for alpha and for beta
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # candidates for alpha = beta, the identity first
 
 MIN_STEPS = 60
 EPOCHS = 40  # few anchors would be learnt by heart in more
@@ -46,9 +46,8 @@ VIEW_TEMPERATURE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Choices of an earlier fit, to be used again without a look at validation."""
+    """How far a refiner moves, chosen before: no look at validation is needed."""
 
-    steps: int
     alpha: float
     beta: float
 
@@ -57,9 +56,7 @@ class Plan:
 class Trial:
     """A candidate and what validation said of it."""
 
-    steps: int
-    alpha: float
-    beta: float
+    plan: Plan
     score: float
 
 
@@ -68,16 +65,21 @@ class Fitted:
     """A fitted refiner and how it was chosen.
 
     Attributes:
-        refiner: The chosen refiner; the identity where nothing beat it.
-        plan: Fits again without choices, such as a probe with some rows late.
-        trials: Candidates in the order tried, the identity first; empty where a plan was given.
+        whole: Moves by all of f and the offsets; `moved` makes candidates of it.
+        plan: What was chosen or given; the identity where nothing beat it.
+        trials: Candidates of `GRID` in its order; empty where a plan was given.
         signal: What it learnt from.
     """
 
-    refiner: Refiner
+    whole: Refiner
     plan: Plan
     trials: tuple[Trial, ...]
     signal: Signal
+
+    @property
+    def refiner(self) -> Refiner:
+        """The refiner that moves as planned."""
+        return moved(self.whole, self.plan)
 
 
 def fit_refiner(
@@ -103,64 +105,24 @@ def fit_refiner(
     """
     signal = _signal(problem, settings)
     with _few_threads():
-        snapshots = _train(problem, settings, signal, progress)
-    if plan is None:
-        trials = _scan(snapshots, validate)
-        best = max(trials, key=lambda trial: trial.score)  # the first of equals: the identity
-        plan = Plan(steps=best.steps, alpha=best.alpha, beta=best.beta)
-    else:
-        trials = ()
-    # With other rows the steps of a plan may lie between two snapshots.
-    steps = plan.steps
-    snapshot = min(snapshots, key=lambda snapshot: abs(snapshot.steps - steps))
-    refiner = snapshot.refiner(plan.alpha, plan.beta)
-    return Fitted(refiner=refiner, plan=plan, trials=trials, signal=signal)
+        whole = _train(problem, settings, signal, progress)
+    if plan is not None:
+        return Fitted(whole=whole, plan=plan, trials=(), signal=signal)
+    plans = [Plan(alpha=weight, beta=weight) for weight in GRID]
+    trials = tuple(Trial(plan=plan, score=validate(moved(whole, plan))) for plan in plans)
+    best = max(trials, key=lambda trial: trial.score)  # the first of equals: the smallest move
+    return Fitted(whole=whole, plan=best.plan, trials=trials, signal=signal)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Snapshot:
-    """The weights after some steps; `whole` moves by all of them."""
-
-    steps: int
-    whole: Refiner
-
-    def refiner(self, alpha: float, beta: float) -> Refiner:
-        """Return the refiner that moves this far, without the parts that it does not use."""
-        used = self.whole
-        if beta == 0 or not len(used.offset_ids):
-            used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
-        return replace(used, layers=used.layers if alpha else (), alpha=alpha, beta=beta)
+def moved(whole: Refiner, plan: Plan) -> Refiner:
+    """Return the refiner that moves as far as planned, without the parts that it does not use."""
+    used, beta = whole, plan.beta
+    if beta == 0 or not len(used.offset_ids):
+        used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
+    return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
 
 
-def _scan(snapshots: list[_Snapshot], validate: Callable[[Refiner], float]) -> tuple[Trial, ...]:
-    """Try alpha = beta for each snapshot; from the best, other betas and then other alphas."""
-    trials: dict[tuple[int, float, float], Trial] = {}
-
-    def attempt(snapshot: _Snapshot, alpha: float, beta: float) -> None:
-        steps = snapshot.steps if alpha or beta else 0
-        if (steps, alpha, beta) not in trials:
-            score = validate(snapshot.refiner(alpha, beta))
-            trials[steps, alpha, beta] = Trial(steps=steps, alpha=alpha, beta=beta, score=score)
-
-    def best_moved() -> Trial:
-        return max((t for t in trials.values() if t.steps), key=lambda trial: trial.score)
-
-    for weight in GRID:
-        for snapshot in snapshots:
-            attempt(snapshot, weight, weight)
-    steps = best_moved().steps
-    chosen = next(snapshot for snapshot in snapshots if snapshot.steps == steps)
-    if len(chosen.whole.offset_ids):
-        for beta in GRID:
-            attempt(chosen, best_moved().alpha, beta)
-        for alpha in GRID:
-            attempt(chosen, alpha, best_moved().beta)
-    return tuple(trials.values())
-
-
-def _train(
-    problem: Problem, settings: FitSettings, signal: Signal, progress: Progress
-) -> list[_Snapshot]:
+def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Progress) -> Refiner:
     dim = problem.vectors.shape[1]
     usable = np.flatnonzero(problem.usable)
     if len(usable) < 2:
@@ -174,7 +136,6 @@ def _train(
         anchors, offset_rows = sampler.anchors, sampler.offset_rows
     epoch = math.ceil(len(anchors) / settings.batch_size)
     total = min(settings.steps, max(MIN_STEPS, EPOCHS * epoch))
-    snapshots = []
     order = rng.permutation(anchors)
 
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -214,21 +175,18 @@ def _train(
             sparse.step()  # type: ignore[no-untyped-call]
             progress(step, total, "fit")
 
-            if step in (math.ceil(total / 2), total):
-                ids = problem.ids[offset_rows]
-                by_id = np.argsort(ids, kind="stable")
-                whole = Refiner(
-                    dim=dim,
-                    side=settings.side,
-                    metric=problem.metric,
-                    alpha=1.0,
-                    beta=1.0,
-                    layers=f.folded(),
-                    offset_ids=ids[by_id],
-                    offsets=offsets.weight.detach().cpu().numpy()[:m][by_id],
-                )
-                snapshots.append(_Snapshot(steps=step, whole=whole))
-    return snapshots
+    ids = problem.ids[offset_rows]
+    by_id = np.argsort(ids, kind="stable")
+    return Refiner(
+        dim=dim,
+        side=settings.side,
+        metric=problem.metric,
+        alpha=1.0,
+        beta=1.0,
+        layers=f.folded(),
+        offset_ids=ids[by_id],
+        offsets=offsets.weight.detach().cpu().numpy()[:m][by_id],
+    )
 
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:

@@ -117,7 +117,7 @@ def test_groups_lift_precision() -> None:
 @pytest.mark.parametrize("signal", [Signal.NEIGHBOURS, Signal.AUGMENT])
 def test_label_free_signals_move_rows_by_f_alone(problem: Problem, signal: Signal) -> None:
     alone = replace(problem, queries=None, groups=None)
-    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+    plan = Plan(alpha=1.0, beta=1.0)
     fitted = fit_refiner(alone, replace(QUICK, signal=signal), never, plan=plan)
     assert not len(fitted.refiner.offset_ids)
     moved = fitted.refiner.refine_rows(problem.vectors, problem.ids)
@@ -159,7 +159,7 @@ def test_scan_finds_alpha_without_beta_and_beta_without_alpha(problem: Problem) 
 
 
 def test_same_seed_same_refiner(problem: Problem) -> None:
-    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=0.5)
+    plan = Plan(alpha=1.0, beta=0.5)
     state = torch.random.get_rng_state()
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
     threads = torch.get_num_threads()
@@ -184,7 +184,7 @@ def test_plan_repeats_the_choices_of_a_fit(problem: Problem) -> None:
 
 def test_late_rows_have_no_offset_and_never_move(problem: Problem) -> None:
     late = np.arange(ROWS) % 10 == 0
-    plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+    plan = Plan(alpha=1.0, beta=1.0)
     refiner = fit_refiner(replace(problem, late=late), QUICK, never, plan=plan).refiner
     assert not np.isin(problem.ids[late], refiner.offset_ids).any()
     moved = refiner.refine_rows(problem.vectors, problem.ids, late)
@@ -206,7 +206,7 @@ def test_late_and_raw_competitors_are_left_raw(problem: Problem) -> None:
 
 
 def test_both_sides_train_another_f(problem: Problem) -> None:
-    plan = Plan(steps=5, alpha=1.0, beta=0.0)
+    plan = Plan(alpha=1.0, beta=0.0)
     docs, both = (
         fit_refiner(problem, replace(QUICK, steps=5, side=side), never, plan=plan).refiner
         for side in (Side.DOCS, Side.BOTH)
@@ -222,7 +222,7 @@ def test_distillation_keeps_what_pseudo_queries_find(
     moved = []
     for weight in (0.0, 10.0):
         monkeypatch.setattr(training, "DISTILLATION", weight)
-        plan = Plan(steps=QUICK.steps, alpha=1.0, beta=1.0)
+        plan = Plan(alpha=1.0, beta=1.0)
         refiner = fit_refiner(few, QUICK, never, plan=plan).refiner
         after = refiner.refine_rows(problem.vectors, problem.ids)
         moved.append(np.linalg.norm(after - problem.vectors))
@@ -315,7 +315,7 @@ def test_memory_map_gives_the_same_refiner(problem: Problem, tmp_path: object) -
     path = f"{tmp_path}/rows.npy"
     np.save(path, problem.vectors)
     mapped: Vectors = np.load(path, mmap_mode="r")
-    plan = Plan(steps=5, alpha=1.0, beta=1.0)
+    plan = Plan(alpha=1.0, beta=1.0)
     quick = replace(QUICK, steps=5, columns=100)
     one = fit_refiner(problem, quick, never, plan=plan).refiner
     two = fit_refiner(replace(problem, vectors=mapped), quick, never, plan=plan).refiner
@@ -349,7 +349,7 @@ def test_f_starts_at_zero() -> None:
 
 def test_progress_counts_every_step(problem: Problem) -> None:
     seen: list[tuple[int, int, str]] = []
-    plan = Plan(steps=3, alpha=1.0, beta=1.0)
+    plan = Plan(alpha=1.0, beta=1.0)
     fit_refiner(
         problem,
         replace(QUICK, steps=3),
