@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import cells
 import machine
+import peers
 import torch
 from loading import datasets
 from table import KEY, read, table
@@ -28,7 +30,8 @@ from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
-RECIPE = ("config", "fitting", "losses", "model", "pairs", "sampling", "training")
+FIT = ("config", "losses", "model", "pairs", "sampling", "training")
+PUBLISHED = "SimSkip as published"
 
 
 def main() -> None:
@@ -70,12 +73,15 @@ def measure(options: argparse.Namespace) -> None:
 
 def code(method: str) -> str:
     """Hash the sources that make a method's cells what they are."""
+    name = method.removesuffix(cells.UNSEEN)
     ours = Path(simskip_vdb.__file__).parent
-    sources = [HERE / "peers.py"]
-    if method.startswith(("ours", "SimSkip")):
-        sources = [ours / f"{name}.py" for name in RECIPE]
-    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-    return digest.hexdigest()[:12]
+    published = inspect.getsource(peers.simskip)
+    sources = [(HERE / "peers.py").read_text().replace(published, "")]
+    if name in cells.OURS or name == PUBLISHED:
+        wanted = [*FIT, "fitting"] if name in cells.OURS else FIT
+        sources = [(ours / f"{module}.py").read_text() for module in wanted]
+        sources += [published] if name == PUBLISHED else []
+    return hashlib.sha256("".join(sources).encode()).hexdigest()[:12]
 
 
 def append(path: Path, cell: dict[str, Any]) -> None:

@@ -89,7 +89,9 @@ def test_fit_then_evaluate(case: Case) -> None:
     assert measured["measures"]["nDCG@10"]["after"] == pytest.approx(
         fitted["measures"]["nDCG@10"]["after"]
     )
-    assert measured["through_index"]["nDCG@10"]["before"] > 0
+    assert "learnt from the validation queries" in " ".join(measured["notes"])
+    tested = simskip_json("evaluate", case.index, *case.options, "--refiner", out, "--on", "test")
+    assert tested["through_index"]["nDCG@10"]["before"] > 0
     shown = simskip("evaluate", case.index, *case.options, "--refiner", out).stdout
     assert "nDCG@10" in shown
     assert "95 % interval" in shown

@@ -17,7 +17,7 @@ from simskip_vdb.errors import DataError, FitError
 from simskip_vdb.model import Residual
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.sampling import Sampler
-from simskip_vdb.training import Plan, Problem, fit_refiner
+from simskip_vdb.training import GRID, Plan, Problem, fit_refiner
 
 ROWS, QUERIES, DIM, GROUPS = 240, 120, 16, 8
 QUICK = FitSettings(steps=30, batch_size=64)
@@ -143,19 +143,26 @@ def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
     fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
     assert fitted.refiner.is_identity
     assert fitted.plan.alpha == fitted.plan.beta == 0
-    assert len(fitted.trials) <= 40
+    assert [trial.plan.alpha for trial in fitted.trials] == list(GRID)
 
 
-def test_scan_finds_alpha_without_beta_and_beta_without_alpha(problem: Problem) -> None:
-    for alpha, beta in ((0.5, 0.0), (0.0, 0.75)):
+def test_f_and_offsets_move_by_the_weight_that_validates_best(problem: Problem) -> None:
+    def validate(refiner: Refiner) -> float:
+        return -abs(refiner.alpha - 0.75) - abs(refiner.beta - 0.75)
 
-        def validate(refiner: Refiner, alpha: float = alpha, beta: float = beta) -> float:
-            return -abs(refiner.alpha - alpha) - abs(refiner.beta - beta)
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    assert (fitted.refiner.alpha, fitted.refiner.beta) == (0.75, 0.75)
+    assert fitted.refiner.layers
+    assert len(fitted.refiner.offset_ids)
 
-        refiner = fit_refiner(problem, replace(QUICK, steps=2), validate).refiner
-        assert (refiner.alpha, refiner.beta) == (alpha, beta)
-        assert bool(refiner.layers) == (alpha > 0)
-        assert bool(len(refiner.offset_ids)) == (beta > 0)
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.0), (0.0, 0.75)])
+def test_a_refiner_holds_only_what_moves(problem: Problem, alpha: float, beta: float) -> None:
+    plan = Plan(alpha=alpha, beta=beta)
+    refiner = fit_refiner(problem, replace(QUICK, steps=2), never, plan=plan).refiner
+    assert (refiner.alpha, refiner.beta) == (alpha, beta)
+    assert bool(refiner.layers) == (alpha > 0)
+    assert bool(len(refiner.offset_ids)) == (beta > 0)
 
 
 def test_same_seed_same_refiner(problem: Problem) -> None:
