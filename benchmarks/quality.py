@@ -1,11 +1,13 @@
-"""Measure every method on every set, cell by cell, and print the README's table.
+"""Measure every method on every set, cell by cell, and print the tables.
 
-    python benchmarks/quality.py [--data DIR] [--seeds 0,1,2] [--crossfit-rows] [--table] [SET…]
+    python benchmarks/quality.py [--data DIR] [--seeds 0,1,2] [--crossfit-rows] [SET…]
+    python benchmarks/quality.py --table --docs
 
 A cell is set × encoder × method × seed. Cells are kept in results/quality.jsonl; one is measured
 again only if the code that makes it has changed. DIR holds one folder a set, with corpus.npy,
 doc_ids.txt, queries, qrels or labels; scikit-learn's digits come on top. --crossfit-rows adds
 cells in which every test query is scored unseen: by fits that knew no query sharing its rows.
+The second form measures nothing, and puts the tables into README.md and docs/quality.md.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import machine
 import peers
 import torch
 from loading import datasets
-from table import KEY, read, table
+from table import KEY, put, read, summary, table
 
 import simskip_vdb
 from simskip_vdb.errors import DataError
@@ -43,18 +45,25 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--crossfit-rows", action="store_true")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
+    parser.add_argument("--docs", action="store_true", help="put the tables into the documents")
     parser.add_argument("--methods", default="", help="part of the methods' names, such as NUDGE")
     parser.add_argument("sets", nargs="*")
     options = parser.parse_args()
     if not options.table:
         measure(options)
-    print(table(read(options.results)))
+    found = read(options.results, code)
+    print(table(found))
+    if options.docs:
+        put(HERE.parent / "README.md", summary(found))
+        put(HERE.parent / "docs" / "quality.md", table(found))
 
 
 def measure(options: argparse.Namespace) -> None:
     """Measure the cells that are missing, and write each down as soon as it is there."""
     torch.set_num_threads(1)
-    known = {tuple(cell[name] for name in KEY): cell["code"] for cell in read(options.results)}
+    known = {
+        tuple(cell[name] for name in KEY): cell["code"] for cell in read(options.results, code)
+    }
     for seed in map(int, options.seeds.split(",")):
         for dataset in datasets(options.data, options.sets):
             for method in cells.methods(dataset, unseen=options.crossfit_rows):

@@ -1,39 +1,126 @@
-"""Lay measured cells out as the README's tables."""
+"""Lay measured cells out as tables, and put them into the documents between their marks."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.gate import Comparison
 from simskip_vdb.statistics import compare
 
 Cell = dict[str, Any]
 KEY = ("set", "encoder", "method", "seed")
+START = "<!-- measured by benchmarks/quality.py: change it there -->"
+END = "<!-- end of what was measured -->"
 
 
-def read(path: Path) -> list[Cell]:
-    """Return the latest version of every cell."""
+def read(path: Path, code: Callable[[str], str]) -> list[Cell]:
+    """Return the latest version of every cell, and whether its method's code still is `current`.
+
+    Cells of earlier code are left out where a method has others on that set.
+    """
     lines = path.read_text().splitlines() if path.is_file() else []
-    found = {tuple(cell[name] for name in KEY): cell for cell in map(json.loads, lines)}
-    return list(found.values())
+    latest = {tuple(cell[name] for name in KEY): cell for cell in map(json.loads, lines)}
+    cells = [{**cell, "current": cell["code"] == code(cell["method"])} for cell in latest.values()]
+    renewed = {_without_seed(cell) for cell in cells if cell["current"]}
+    return [cell for cell in cells if cell["current"] or _without_seed(cell) not in renewed]
+
+
+def _without_seed(cell: Cell) -> tuple[str, ...]:
+    return tuple(cell[name] for name in KEY[:-1])
 
 
 def table(cells: Sequence[Cell]) -> str:
     """Return one markdown table a set and encoder; numbers are means over seeds.
 
-    Intervals are paired 95 % intervals of the gain over the vectors as they are, over queries
-    whose gain is averaged over seeds.
+    A dagger marks methods that were measured by other code than today's. Intervals are paired 95 %
+    intervals of the gain over the vectors as they are, over queries whose gain is averaged over
+    seeds.
     """
-    parts = []
-    for key in dict.fromkeys((cell["set"], cell["encoder"]) for cell in cells):
-        own = [cell for cell in cells if (cell["set"], cell["encoder"]) == key]
-        parts.append(_one_set(*key, own))
-    return "\n\n".join(parts)
+    return "\n\n".join(_one_set(*key, own) for key, own in sorted(_by_set(cells).items()))
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """Return one markdown table with a line a set and encoder; numbers are means over seeds.
+
+    Besides ours it shows NUDGE-N and, of all the other methods, the one with the highest mean on
+    test, which ours is held against on purpose.
+    """
+    head = ["set", "measure", "raw", "NUDGE-N", "best other method", "ours, docs", "gain, 95 %"]
+    head += ["over NUDGE-N, 95 %", "unseen queries", "late rows", "gate", "ours, both"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for key, own in sorted(_by_set(cells).items()):
+        found: dict[str, list[Cell]] = {}
+        for cell in own:
+            found.setdefault(cell["method"], []).append(cell)
+        docs, both = (
+            found.get(f"ours, judged, {side}") or found.get(f"ours, groups, {side}")
+            for side in ("docs", "both")
+        )
+        nudge = found.get("NUDGE-N")
+        best = max(filter(_is_other, found), key=lambda name: _level(found[name]), default=None)
+        row = [
+            f"{key[0]} ({key[1]})",
+            own[0]["measure"],
+            _shown(found.get("raw")),
+            _shown(nudge),
+            f"{best} {_shown(found[best])}" if best else "–",
+            f"**{_shown(docs)}**",
+            _interval(docs),
+            _over(docs, nudge),
+            _interval(docs, seen=False),
+            _late(docs) if docs else "–",
+            _gate(docs) if docs else "–",
+            _shown(both),
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def put(path: Path, text: str) -> None:
+    """Put a table between a document's marks."""
+    before, start, rest = path.read_text().partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{path} has no place for a table: {START} … {END}")
+    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
+
+
+def _by_set(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell["set"], cell["encoder"]), []).append(cell)
+    return found
+
+
+def _is_other(method: str) -> bool:
+    return method not in ("raw", "random moves") and "ours" not in method and " · " not in method
+
+
+def _level(cells: list[Cell]) -> float:
+    return _mean(cell["measures"][cell["measure"]][1] for cell in cells)
+
+
+def _shown(cells: list[Cell] | None) -> str:
+    return f"{_level(cells):.4f}{_mark(cells)}" if cells else "–"
+
+
+def _mark(cells: list[Cell]) -> str:
+    """Mark what was measured by other code than today's."""
+    return "" if all(cell["current"] for cell in cells) else " †"
+
+
+def _over(cells: list[Cell] | None, others: list[Cell] | None) -> str:
+    """Show the paired interval of a difference, queries averaged over seeds."""
+    if not cells or not others:
+        return "–"
+    was, now = (_values(some, "after", None).mean(axis=0) for some in (others, cells))
+    return _bounds(compare(was, now, None, 0), "{:+.3f} to {:+.3f}") or "0"
 
 
 def _one_set(name: str, encoder: str, cells: list[Cell]) -> str:
@@ -54,7 +141,11 @@ def _one_set(name: str, encoder: str, cells: list[Cell]) -> str:
     methods = dict.fromkeys(cell["method"] for cell in cells)
     for method in sorted(methods, key=lambda name: (" · " in name, "ours" in name, name != "raw")):
         own = [cell for cell in cells if cell["method"] == method]
-        row = [method, _gain(own, None), *(_gain(own, stratum == "seen") for stratum in strata)]
+        row = [
+            method + _mark(own),
+            _gain(own, None),
+            *(_gain(own, stratum == "seen") for stratum in strata),
+        ]
         row += [f"{_mean(cell['measures'][other][1] for cell in own):.4f}" for other in others]
         row += [f"{_mean(cell['overlap'] for cell in own):.2f}" for _ in overlap]
         row += [_accuracy(own, kind) for kind in accuracies]
@@ -65,15 +156,33 @@ def _one_set(name: str, encoder: str, cells: list[Cell]) -> str:
 
 def _gain(cells: list[Cell], seen: bool | None) -> str:
     """Show a level and the paired interval of its gain, over all queries or one stratum."""
+    found = _compared(cells, seen)
+    if found is None:
+        return "–"
+    return " ".join(filter(None, [f"{found.after:.4f}", _bounds(found, "({:+.3f} to {:+.3f})")]))
+
+
+def _interval(cells: list[Cell] | None, seen: bool | None = None) -> str:
+    found = _compared(cells, seen) if cells else None
+    if found is None or found.ci95 is None:
+        return "–"
+    return _bounds(found, "{:+.3f} to {:+.3f}") or "0"
+
+
+def _bounds(found: Comparison, form: str) -> str:
+    """Show the interval of the gain; nothing where no query changed."""
+    moved = found.ci95 is not None and found.wins + found.losses > 0
+    return form.format(*found.ci95) if moved and found.ci95 else ""
+
+
+def _compared(cells: list[Cell], seen: bool | None) -> Comparison | None:
+    """Compare queries whose values are averaged over seeds; None where there are none."""
     before, after = (_values(cells, side, seen) for side in ("before", "after"))
     there = ~np.isnan(after).all(axis=0)
     if not there.any():
-        return "–"
+        return None
     was, now = np.nanmean(before[:, there], axis=0), np.nanmean(after[:, there], axis=0)
-    found = compare(was, now, None, 0)
-    if found.ci95 is None or found.wins + found.losses == 0:
-        return f"{found.after:.4f}"
-    return f"{found.after:.4f} ({found.ci95[0]:+.3f} to {found.ci95[1]:+.3f})"
+    return compare(was, now, None, 0)
 
 
 def _values(cells: list[Cell], side: str, seen: bool | None) -> NDArray[np.float64]:

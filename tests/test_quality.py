@@ -66,7 +66,8 @@ def test_a_new_set_is_measured_once_and_again_only_when_its_code_changes(
     assert "| linear query adapter | " in capsys.readouterr().out
     monkeypatch.setattr(quality, "code", lambda method: "other")
     assert len(run(data, results, "--methods", "linear")) == 3
-    assert len(table.read(results)) == 2
+    kept = table.read(results, lambda method: "other" if method.startswith("linear") else "new")
+    assert [cell["current"] for cell in kept] == [True, False]
 
 
 def test_cells_hold_what_the_measures_say(data: Path) -> None:
@@ -173,7 +174,7 @@ def cell(method: str, seed: int, after: list[float], seen: str, **more: Any) -> 
         "measures": {"nDCG@10": [0.25, float(np.mean(after))], "R@100": [0.5, 0.5 + seed / 10]},
         "before": [0.0, 0.5, 0.5, 0.0], "after": after, "seen": seen,
         "late": {"before": 0.1, "after": 0.1, "ratio": 1.0 + seed},
-        "gate": {"passed": seed == 1}, "fit_seconds": 4.0 * seed, **more,
+        "gate": {"passed": seed == 1}, "fit_seconds": 4.0 * seed, "current": True, **more,
     }  # fmt: skip
 
 
@@ -195,3 +196,32 @@ def test_the_table_averages_seeds_and_strata() -> None:
 def test_the_table_has_no_stratum_without_queries() -> None:
     line = table.table([cell("raw", 0, [0.0, 0.5, 0.5, 0.0], "1111")]).splitlines()[-1]
     assert line.split(" | ")[1:4] == ["0.2500", "0.2500", "–"]
+
+
+def test_the_summary_holds_ours_against_the_others() -> None:
+    found = [
+        cell("raw", 0, [0.0, 0.5, 0.5, 0.0], "1100"),
+        cell("NUDGE-N", 0, [0.1, 0.5, 0.5, 0.1], "1100"),
+        cell("centring", 0, [0.3, 0.5, 0.5, 0.1], "1100", current=False),
+        cell("ours, judged, docs", 0, [0.4, 0.8, 0.8, 0.4], "1001"),
+        cell("ours, judged, docs", 1, [0.6, 1.0, 1.0, 0.6], "1001"),
+    ]
+    line = table.summary(found).splitlines()[-1].strip("| ").split(" | ")
+    assert line[:6] == ["s (e)", "nDCG@10", "0.2500", "0.3000", "centring 0.3500 †", "**0.7000**"]
+    # Over seeds the gains are .5, .4, .4 and .5; the differences to NUDGE-N .4, .4, .4 and .4.
+    low, high = map(float, line[6].split(" to "))
+    assert 0.4 <= low <= 0.45 <= high <= 0.5
+    assert line[7:9] == ["+0.400 to +0.400", "+0.400 to +0.400"]
+    assert line[9:] == ["1.50 ×", "1 of 2", "–"]
+
+
+def test_tables_go_between_their_marks_and_nowhere_else(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{table.START}\nold\n{table.END}\nbelow\n")
+    for text in ("one", "two"):
+        table.put(page, text)
+        assert page.read_text() == f"above\n{table.START}\n{text}\n{table.END}\nbelow\n"
+    page.write_text("no marks")
+    with pytest.raises(SystemExit, match="no place for a table"):
+        table.put(page, "one")
+    assert page.read_text() == "no marks"
