@@ -277,7 +277,7 @@ def _feed(digest: Any, *arrays: NDArray[Any]) -> None:  # noqa: ANN401 hashlib's
 def describe(info: Mapping[str, Any]) -> str:
     """Say what validation said of a fit."""
     if "folds" in info:
-        still = sum(not (alpha or beta) for _, alpha, beta in info["folds"])
+        still = sum(not (alpha or beta) for alpha, beta in info["folds"])
         return f"in {still} of {len(info['folds'])} folds the vectors as they are validated best"
     found = info.get("choice")
     if found is None:

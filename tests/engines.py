@@ -93,6 +93,10 @@ class Engine(ABC):
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     @abstractmethod
+    def close(self) -> None:
+        """Let go of what is held."""
+
+    @abstractmethod
     def open(self, **options: Any) -> Any:  # a context manager of a store
         """Open the collection as a store, and let go of it afterwards."""
 
@@ -149,6 +153,9 @@ class Client(Engine):
         records, _ = self.client.scroll(ALIAS, limit=10**6, with_vectors=True, with_payload=True)
         return [(str(r.id), dict(r.vector or {}), dict(r.payload or {})) for r in records]  # type: ignore[arg-type]
 
+    def close(self) -> None:
+        self.client.close()
+
     def leads_to(self) -> str:
         """Return the collection behind the alias."""
         (alias,) = self.client.get_aliases().aliases
@@ -172,6 +179,9 @@ class Edge(Engine):
     def open(self, **options: Any) -> Iterator[EdgeStore]:
         with EdgeStore(self.path, VECTOR, **options) as store:
             yield store
+
+    def close(self) -> None:
+        """Nothing is held between two uses."""
 
     @contextmanager
     def shard(self) -> Iterator[edge.EdgeShard]:

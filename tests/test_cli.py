@@ -14,7 +14,7 @@ from simskip_vdb import cli
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import JournalError, TransientStoreError
 
-COMMANDS = ("demo", "inspect", "fit", "evaluate", "refine", "rollback", "status")
+COMMANDS = ("demo", "inspect", "fit", "evaluate", "refine", "rollback", "status", "prune")
 
 
 @pytest.fixture(scope="module")
