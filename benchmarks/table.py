@@ -15,8 +15,8 @@ from simskip_vdb.statistics import compare
 
 Cell = dict[str, Any]
 KEY = ("set", "encoder", "method", "seed")
-START = "<!-- measured by benchmarks/quality.py: change it there -->"
-END = "<!-- end of what was measured -->"
+START = "<!-- table: benchmarks/quality.py -->"
+END = "<!-- end of table: quality -->"
 
 
 def read(path: Path, code: Callable[[str], str]) -> list[Cell]:

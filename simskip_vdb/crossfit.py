@@ -71,8 +71,7 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
 
     A fold's refiner is chosen inside the other folds: one of them validates alpha and beta of
     a fit on the rest, and what was chosen is fitted again on all of them. The refiner of all
-    queries takes the folds' median alpha and beta. From
-    here on, all queries count as fitted on.
+    queries takes the folds' median alpha and beta. From here on, all queries count as fitted on.
 
     Args:
         space: The index and its judgments.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -90,13 +91,11 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         usable=space.usable & ~space.twins(judged.held_out),
     )
 
-    def fit(
-        stage: str, problem: Problem, plan: Plan | None, held: JudgedQueries | None = None
-    ) -> Fitted:
+    def fit(stage: str, problem: Problem, plan: Plan | None) -> Fitted:
         return fit_refiner(
             problem,
             settings,
-            lambda refiner: space.validate(refiner, judged=held),
+            space.validate,
             progress=lambda done, total, _: progress(stage, done, total),
             plan=plan,
         )
@@ -108,7 +107,9 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     fits = [fit("fit", problem, None)]
     whole = _whole(space, problem, fits[0].signal)
     folds = _folds(space) if whole.queries is not problem.queries else []
-    fits += [fit("fold", replace(problem, queries=rest), None, held) for rest, held in folds]
+    for rest, held in folds:
+        with _validated_by(space, held):
+            fits.append(fit("fold", replace(problem, queries=rest), None))
     sizes = [len(judged.queries[Split.VALIDATION]), *(len(held) for _, held in folds)]
     plan, choice = _chosen(fits, sizes)
     refiner = moved(fits[0].whole, plan)
@@ -159,6 +160,17 @@ def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
     return [
         (concatenate([rest, validation], space.info.dim), held) for rest, held in parts if len(held)
     ]
+
+
+@contextmanager
+def _validated_by(space: Workspace, held: JudgedQueries) -> Iterator[None]:
+    """Let other queries be those of validation for a while."""
+    before = space.judged
+    space.judged = replace(before, queries={**before.queries, Split.VALIDATION: held})
+    try:
+        yield
+    finally:
+        space.judged = before
 
 
 def _chosen(fits: Sequence[Fitted], sizes: Sequence[int]) -> tuple[Plan, dict[str, Any]]:

@@ -14,16 +14,7 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.config import FitSettings
-from simskip_vdb.datatypes import (
-    Ids,
-    JudgedQueries,
-    Mask,
-    Neighbors,
-    Positions,
-    Progress,
-    Split,
-    Vectors,
-)
+from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
 from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
@@ -212,11 +203,9 @@ class Workspace:
             held |= self.held(Split.TEST)
         return held if held.any() else None
 
-    def validate(
-        self, refiner: Refiner, late: Mask | None = None, judged: JudgedQueries | None = None
-    ) -> float:
-        """Score a refiner by the chosen measure, on validation unless told; higher is better."""
-        judged = self.judged.queries[Split.VALIDATION] if judged is None else judged
+    def validate(self, refiner: Refiner, late: Mask | None = None) -> float:
+        """Score a refiner on the validation queries by the chosen measure, higher is better."""
+        judged = self.judged.queries[Split.VALIDATION]
         found = self.search(
             refiner(judged.vectors),
             self.refined_blocks(refiner, late),
