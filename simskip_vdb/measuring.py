@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, JudgedQueries, Positions, Split, Vectors
+from simskip_vdb.datatypes import Ids, JudgedQueries, Neighbors, Positions, Split, Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.evaluation import (
     compare,
@@ -33,7 +33,7 @@ from simskip_vdb.gate import (
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import row_digests
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import RowWritable, VectorStore
 from simskip_vdb.workspace import Blocks, Workspace
 
 CROSS_FITTED = "cross-fitted"
@@ -252,8 +252,9 @@ class ThroughIndex:
         exact = space.search(queries, blocks, 10)
         names = space.measures if self._scored else ()
         k = max(10, depth(names, self._judged) if names else 0)
-        found = space.through(store, queries, k, self._lookup)
-        self.ann[when] = space.ann_recall(queries, exact, found[:, :10], take)
+        found, new = space.through(store, queries, k, self._lookup)
+        comparable = _leave_room(exact, new[:, :10])
+        self.ann[when] = space.ann_recall(queries, comparable, found[:, :10], take)
         if names:
             for name, values in score(self._judged, found, names).items():
                 self.measures.setdefault(name, {})[when] = float(values.mean())
@@ -265,8 +266,10 @@ class ThroughIndex:
         space, ids, late = self._space, self._space.rows.ids, self._space.late_when_written
         if refiner is None:
             return space.current_blocks(), space.current_rows
-        if as_is or not (space.info.exact or space.info.lossy):
-            # Originals were read from codes, so codes are what is compared before and after.
+        live = isinstance(store, RowWritable)
+        if as_is or live or not (space.info.exact or space.info.lossy):
+            # Originals were read from codes, so codes are what is compared before and after; and
+            # of a live store's rows, the application may have written some meanwhile.
             return space.blocks_of(store), lambda places: space.rows_of(store, places)
         return (
             space.refined_blocks(refiner, late),
@@ -279,6 +282,14 @@ class ThroughIndex:
         decision = decide_ann(self.ann["before"], self.ann["after"])
         if not decision.passed:
             raise RefusedError(decision)
+
+
+def _leave_room(exact: Neighbors, new: NDArray[np.bool_]) -> Neighbors:
+    """Shorten each answer by the places that rows which came since hold in the index's own."""
+    kept = np.arange(new.shape[1]) < new.shape[1] - new.sum(axis=1, keepdims=True)
+    return Neighbors(
+        ids=np.where(kept, exact.ids, -1), scores=np.where(kept, exact.scores, -np.inf)
+    )
 
 
 def _some_rows(space: Workspace) -> Vectors:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simskip_vdb.datatypes import Mask, Progress, VectorBatch, silent
+from simskip_vdb.datatypes import Mask, Positions, Progress, VectorBatch, silent
 from simskip_vdb.errors import TransientStoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, refined_at
@@ -34,6 +34,7 @@ from simskip_vdb.targets import (
 )
 
 FEWEST = 100  # rows, below which a share of them says little
+_TRIES = 3
 
 
 class Snapshot(NamedTuple):
@@ -230,6 +231,7 @@ class _Sending:
         self._target, self._store, self._read = target, store, read
         self._found, self._refine, self._progress = found, refine, progress
         self._lookup = Lookup(found.rows.ids)
+        self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._rounding = store.info().rounding
         self.moved = 0
@@ -244,6 +246,7 @@ class _Sending:
             due = np.isfinite(refined).all(axis=1)
             if self._target.mode != NEW_VECTOR:
                 due &= row_digests(refined) != found.digests[part]
+            self._due[part] = due
             if due.any():
                 batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
                 first = not self._sent.any()
@@ -253,16 +256,39 @@ class _Sending:
             self._progress("write", part.stop, total)
 
     def verify(self) -> _Read:
-        """Read every row back.
+        """Read every row back, and send again what still is as it was read.
+
+        Where the application changed a row's payload only, a guard field held our write back; and
+        it may have written the same vector once more.
 
         Raises:
             VerificationError: Rows hold neither what was written nor what an application could
                 have written.
         """
+        read, lost, foreign = self._read_back()
+        for _ in range(_TRIES - 1):
+            if not len(lost):
+                break
+            self._send_again(lost)
+            self._store.settle(self._progress)
+            read, lost, foreign = self._read_back()
+        self._check(int(self._sent[lost].sum()), foreign)
+        return read
+
+    def _send_again(self, places: Positions) -> None:
+        rows = self._found.rows
+        for start in range(0, len(places), SCAN_ROWS):
+            part = places[start : start + SCAN_ROWS]
+            vectors = refined_at(rows, self._refine, part)
+            batch = VectorBatch(ids=rows.ids[part], vectors=vectors)
+            self._sent[part] = self._store.update(batch, self._unchanged)
+
+    def _read_back(self) -> tuple[_Read, Positions, int]:
+        """Return all rows, positions of those still to be written, and how many sent are theirs."""
         rows = self._found.rows
         seen = np.zeros(len(rows), np.bool_)
-        ids, digests, mine = [], [], []
-        lost = foreign = theirs = done = 0
+        ids, digests, mine, lost = [], [], [], [np.empty(0, np.int64)]
+        foreign = theirs = done = 0
         for batch in self._store.scan(SCAN_ROWS):
             places = self._lookup.find(batch.ids)
             known = np.flatnonzero(places >= 0)
@@ -275,24 +301,28 @@ class _Sending:
             digests.append(row_digests(batch.vectors))
             mine.append(ours)
             seen[at] = True
-            sent, missed = self._sent[at], ~ours[known]
-            same = digests[-1][known] == self._found.digests[at]
-            lost += int((sent & missed & same).sum())
-            foreign += int((sent & missed & ~same).sum())
-            theirs += int(missed.sum())
+            missed = known[~ours[known]]
+            as_read = self._read.same(
+                VectorBatch(ids=batch.ids[missed], vectors=batch.vectors[missed])
+            )
+            lost.append(places[missed[as_read]])
+            foreign += int(self._sent[places[missed[~as_read]]].sum())
+            theirs += len(missed)
             done += len(batch)
             self._progress("verify", done, len(rows))
-        self._check(lost, foreign)
         missing = rows.ids[~seen]
         # A row without a new vector is still there, but was changed, or was never finite.
-        present = self._target.store.peek(missing).ids if len(missing) else missing
-        return _Read(
+        present = self._target.store.peek(missing)
+        lost.append(self._lookup.find(present.ids[self._read.same(present)]))
+        places = np.concatenate(lost)
+        read = _Read(
             ids=np.concatenate(ids) if ids else rows.ids[:0],
             digests=np.concatenate(digests) if digests else np.empty(0, np.uint64),
             ours=np.concatenate(mine) if mine else np.empty(0, np.bool_),
             theirs=theirs + len(present),
             gone=len(missing) - len(present),
         )
+        return read, np.sort(places[self._due[places]]), foreign
 
     def outcome(self, read: _Read) -> Written:
         """Say what became of the rows."""

@@ -190,6 +190,18 @@ def test_newer_writes_of_the_application_win(desk: Desk) -> None:
     desk.assert_holds({**originals, **theirs, new_id.tolist()[0]: held[new_id.tolist()[0]]})
 
 
+def test_a_vector_that_is_written_once_more_is_refined_once_more(desk: Desk) -> None:
+    def application(store: LiveStore) -> None:
+        rows = desk.ids[[0, 5, 30]]
+        store.put(rows, np.stack([desk.originals[name] for name in rows.tolist()]))
+
+    desk.store.events[12] = application
+    written = desk.refine()
+    assert (written.rows, written.theirs, written.gone) == (N, 0, 0)
+    desk.assert_holds(desk.expected(0, desk.originals), tolerance(desk))
+    assert desk.rollback().exact
+
+
 def test_a_row_changed_after_a_kill_is_the_applications(desk: Desk) -> None:
     desk.store.events[10] = kill
     with pytest.raises(Killed):
