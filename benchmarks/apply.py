@@ -21,7 +21,7 @@ import numpy as np
 
 import simskip_vdb as ss
 from simskip_vdb import pipeline
-from simskip_vdb.datatypes import Metric, Side
+from simskip_vdb.datatypes import Ids, Metric, Side
 from simskip_vdb.durable import sha256_of
 
 
@@ -33,7 +33,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         path = build(work / "flat.faiss", options.rows, options.dim)
-        refiner(options.dim, options.rows).save(work / "refiner")
+        ids = np.arange(0, options.rows, 20)
+        refiner(options.dim, ids, Metric.DOT).save(work / "refiner")
         before = sha256_of(path)
         limits = measure_limits(path, work, options.rows, options.dim)
         settings = ss.Settings(refiner=work / "refiner", accept_unmeasured=True)
@@ -77,7 +78,7 @@ def build(path: Path, rows: int, dim: int) -> Path:
     return path
 
 
-def refiner(dim: int, rows: int) -> ss.Refiner:
+def refiner(dim: int, offset_ids: Ids, metric: Metric) -> ss.Refiner:
     rng = np.random.default_rng(1)
     widths = (dim, dim // 2, dim, dim)
     layers = tuple(
@@ -87,16 +88,15 @@ def refiner(dim: int, rows: int) -> ss.Refiner:
         )
         for narrow, wide in pairwise(widths)
     )
-    ids = np.arange(0, rows, 20)
     return ss.Refiner(
         dim=dim,
         side=Side.DOCS,
-        metric=Metric.DOT,
+        metric=metric,
         alpha=0.3,
         beta=1.0,
         layers=layers,
-        offset_ids=ids,
-        offsets=(0.02 * rng.normal(size=(len(ids), dim))).astype(np.float32),
+        offset_ids=offset_ids,
+        offsets=(0.02 * rng.normal(size=(len(offset_ids), dim))).astype(np.float32),
     )
 
 
