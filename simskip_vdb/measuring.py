@@ -252,12 +252,21 @@ class ThroughIndex:
         exact = space.search(queries, blocks, 10)
         names = space.measures if self._scored else ()
         k = max(10, depth(names, self._judged) if names else 0)
-        found, new = space.through(store, queries, k, self._lookup)
+        found, new = self._search(store, queries, k)
         comparable = _leave_room(exact, new[:, :10])
         self.ann[when] = space.ann_recall(queries, comparable, found[:, :10], take)
         if names:
             for name, values in score(self._judged, found, names).items():
                 self.measures.setdefault(name, {})[when] = float(values.mean())
+
+    def _search(
+        self, store: VectorStore, queries: Vectors, k: int
+    ) -> tuple[Positions, NDArray[np.bool_]]:
+        """Return positions, shape (q, k), -1 for none; and where there is a row that came since."""
+        found = store.search(queries, k, self._space.settings.search_params)
+        positions = self._lookup.find(found.ids.ravel()).reshape(found.ids.shape)
+        there = ~np.isneginf(found.scores)
+        return np.where(there, positions, -1), there & (positions < 0)
 
     def _rows(
         self, store: VectorStore, refiner: Refiner | None, as_is: bool

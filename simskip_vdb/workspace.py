@@ -214,15 +214,6 @@ class Workspace:
         )
         return float(score(judged, found.ids, self.measures[:1])[self.measure].mean())
 
-    def through(
-        self, store: VectorStore, queries: Vectors, k: int, lookup: Lookup
-    ) -> tuple[Positions, Mask]:
-        """Search as the application does: positions (q, k), -1 for none; which came since."""
-        found = store.search(queries, k, self.settings.search_params)
-        positions = lookup.find(found.ids.ravel()).reshape(found.ids.shape)
-        there = ~np.isneginf(found.scores)
-        return np.where(there, positions, -1), there & (positions < 0)
-
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""
         if self.current is None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,19 +107,23 @@ def settings(engine: Engine) -> Settings:
     return Settings(refiner=engine.folder / "refiner", state=engine.state, accept_unmeasured=True)
 
 
-def refine_meanwhile(engine: Engine, *, wait: bool) -> Application:
+def refine_meanwhile(
+    engine: Engine, patch: pytest.MonkeyPatch, *, wait: bool, mode: str = "in-place"
+) -> Application:
     """Refine while an application writes, some of it between reading a row and writing it.
 
     Args:
         engine: The collection.
+        patch: Lets the application write within each request.
         wait: Whether what a request allows the application to write is written before it goes on.
+        mode: Where refined vectors are written.
     """
-    with engine.open(guard_field="version") as store:
+    with engine.open(guard_field="version") as store, patch.context() as patched:
         payloads = dict(zip(engine.points, engine.payloads, strict=True))
         application = Application(open_points(engine, store), payloads, DIM, WRITES)
-        update, requests = store.update, 0
+        update, requests = type(store).update, 0
 
-        def update_slowly(batch: VectorBatch, allowed: Allowed) -> Mask:
+        def update_slowly(target: Any, batch: VectorBatch, allowed: Allowed) -> Mask:
             def asked(now: VectorBatch) -> Mask:
                 nonlocal requests
                 requests += 1
@@ -127,19 +132,20 @@ def refine_meanwhile(engine: Engine, *, wait: bool) -> Application:
                     application.go_on(A_REQUEST, wait=wait)
                 return found
 
-            written: Mask = update(batch, asked)
+            written: Mask = update(target, batch, asked)
             return written
 
         def progress(stage: str, done: int, total: int) -> None:
             if stage == "verify":  # the rows were read back, and are written once more
                 application.finish()
 
-        store.update = update_slowly
-        report = ss.refine(store, Judgments(), settings(engine), progress=progress)
+        patched.setattr(type(store), "update", update_slowly)
+        chosen = replace(settings(engine), mode=mode)
+        report = ss.refine(store, Judgments(), chosen, progress=progress)
     assert requests >= REQUESTS
     assert application.done == WRITES
     assert report.written is not None
-    assert report.written["mode"] == "in-place", report.gate
+    assert report.written["mode"] == mode, report.gate
     return application
 
 
@@ -156,15 +162,32 @@ def assert_holds(engine: Engine, application: Application, others: dict[str, Vec
             assert vectors[OTHER] == BESIDE[OTHER]
 
 
+def refined(refiner: Refiner, rows: dict[str, Vectors]) -> dict[str, Vectors]:
+    moved = refiner.refine_rows(np.stack(list(rows.values())), np.array(list(rows), ID_TEXT))
+    return dict(zip(rows, moved, strict=True))
+
+
 @pytest.mark.parametrize("wait", [True, False], ids=["between", "at any moment"])
-def test_no_write_of_an_application_is_lost(engine: Engine, refiner: Refiner, wait: bool) -> None:
+def test_no_write_of_an_application_is_lost(
+    engine: Engine, refiner: Refiner, wait: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = engine.rows()
-    ids = np.array(list(before), ID_TEXT)
-    moved = refiner.refine_rows(np.stack(list(before.values())), ids)
-    application = refine_meanwhile(engine, wait=wait)
-    assert_holds(engine, application, dict(zip(before, moved, strict=True)))
+    application = refine_meanwhile(engine, monkeypatch, wait=wait)
+    assert_holds(engine, application, refined(refiner, before))
     with engine.open() as store:
         done = ss.rollback(store, state=engine.state)
     assert_holds(engine, application, before)
     assert done["kept"] == len(application.vectors)
     assert done["restored"] == len(application.payloads) - len(application.vectors)
+
+
+def test_a_vector_beside_is_given_to_every_row_that_is_as_read(
+    engine: Engine, refiner: Refiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = engine.rows()
+    application = refine_meanwhile(engine, monkeypatch, wait=True, mode="new-vector")
+    assert_holds(engine, application, before)
+    beside, expected = engine.rows(f"{VECTOR}@simskip"), refined(refiner, before)
+    assert set(beside) == {str(i) for i in application.payloads if i not in application.vectors}
+    for name, row in beside.items():
+        np.testing.assert_allclose(row, expected[name], atol=2e-5, err_msg=name)
