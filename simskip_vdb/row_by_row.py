@@ -107,7 +107,8 @@ def write(
         summary=summary,
     )
     journal.announce(write)
-    held = rows_before(journal, write) if mode != NEW_VECTOR else found.rows
+    rewrites = kept is not None and mode != NEW_VECTOR
+    held = rows_before(journal, write) if rewrites else found.rows
     read_then = AsRead(found.rows.ids, found.digests, held, store.info())
     try:
         receiving = target.open(progress)
@@ -230,7 +231,7 @@ class _Sending:
     ) -> None:
         self._target, self._store, self._read = target, store, read
         self._found, self._refine, self._progress = found, refine, progress
-        self._lookup = Lookup(found.rows.ids)
+        self._lookup = read.lookup
         self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._rounding = store.info().rounding

@@ -39,12 +39,13 @@ class AsRead:
     def __init__(self, ids: Ids, digests: Digests, rows: Rows, info: StoreInfo) -> None:
         """Take ids and digests as they were read, and rows on disk that held these vectors."""
         self._digests, self._rows = digests, rows
-        self._read, self._kept = Lookup(ids), Lookup(rows.ids)
+        self.lookup = Lookup(ids)
+        self._kept = self.lookup if rows.ids is ids else Lookup(rows.ids)
         self._tolerance = 0.0 if info.exact else info.rounding
 
     def same(self, now: VectorBatch) -> Mask:
         """Tell which of these rows are as they were read; rows that were not there are not."""
-        places = self._read.find(now.ids)
+        places = self.lookup.find(now.ids)
         same = (places >= 0) & (row_digests(now.vectors) == self._digests[places])
         kept = self._kept.find(now.ids)
         doubtful = np.flatnonzero(~same & (places >= 0) & (kept >= 0))
