@@ -23,6 +23,7 @@ type: $(VENV)/dev.done  ## mypy, strict
 bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last two need data
 	$(BIN)/python benchmarks/apply.py
 	$(BIN)/python benchmarks/faiss_types.py
+	$(BIN)/python benchmarks/edge_refine.py
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/crossfit.py
 	$(BIN)/python benchmarks/sets.py
