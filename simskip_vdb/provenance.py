@@ -8,7 +8,7 @@ from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.journal import NEW_VECTOR, Journal, Write
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.rows import Digests, row_digests
+from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import FileBacked, TakesOriginals, VectorStore
 
 SCAN_ROWS = 8192
@@ -185,6 +185,36 @@ class WrittenRows:
             moved = ~near(refined, originals[rows], self._rounding)
             found |= moved & near(batch.vectors[rows], refined, self._rounding)
         return found
+
+
+class AsRead:
+    """The rows as they were read, to tell later whether somebody changed them.
+
+    A store may give back a vector with other last digits from one moment to the next (the client's
+    local mode normalises what it searches). So where it is not exact, a row is the same while its
+    original is: while it holds that, or what a write of ours made of that.
+    """
+
+    def __init__(self, rows: Rows, digests: Digests, journal: Journal, store: VectorStore) -> None:
+        """Take the originals, digests of the rows as they were read, and who wrote them."""
+        info = store.info()
+        self._digests, self._rows = digests, rows
+        self.lookup, self._ours = Lookup(rows.ids), LiveRows(journal, store)
+        self._tolerance = 0.0 if info.exact else info.rounding
+
+    def same(self, now: VectorBatch) -> Mask:
+        """Tell which of these rows are as they were read; rows that were not there are not."""
+        places = self.lookup.find(now.ids)
+        same = np.zeros(len(now), np.bool_)
+        known = np.flatnonzero(places >= 0)
+        same[known] = row_digests(now.vectors[known]) == self._digests[places[known]]
+        doubtful = known[~same[known]]
+        if self._tolerance and len(doubtful):
+            rows = VectorBatch(ids=now.ids[doubtful], vectors=now.vectors[doubtful])
+            originals, _ = self._ours.originals(rows)
+            then = self._rows.take(places[doubtful])
+            same[doubtful] = near(originals, then, self._tolerance)
+        return same
 
 
 class OurRows:

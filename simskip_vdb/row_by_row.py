@@ -8,7 +8,7 @@ originals and the refiner are in the state. The same command goes on, `rollback`
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,19 +18,18 @@ from simskip_vdb.datatypes import Mask, Positions, Progress, VectorBatch, silent
 from simskip_vdb.errors import TransientStoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, refined_at
-from simskip_vdb.provenance import SCAN_ROWS, Lookup, near
+from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
 from simskip_vdb.store import Check
 from simskip_vdb.targets import (
-    AsRead,
     InPlace,
     RowStore,
     fingerprint,
+    holding,
     is_restored,
     make_target,
     mark,
-    rows_before,
 )
 
 FEWEST = 100  # rows, below which a share of them says little
@@ -87,8 +86,11 @@ def write(
     """
     target = make_target(store, journal, mode, refiner.id)
     pending = journal.manifest.pending
+    read_then = AsRead(found.rows, found.digests, journal, store)
     if pending is not None:
         kept, before = pending.kept, pending.before
+        if kept is not None and mode == IN_PLACE:
+            kept = journal.save_before(_before(store, journal, pending, Rows(journal.path(kept))))
     else:
         before = fingerprint_of(found.rows.ids, found.digests)
         again = journal.manifest.current is not None and mode != NEW_COLLECTION
@@ -107,9 +109,6 @@ def write(
         summary=summary,
     )
     journal.announce(write)
-    rewrites = kept is not None and mode != NEW_VECTOR
-    held = rows_before(journal, write) if rewrites else found.rows
-    read_then = AsRead(found.rows.ids, found.digests, held, store.info())
     try:
         receiving = target.open(progress)
         mark(receiving, _note(journal, refiner))
@@ -174,10 +173,13 @@ def abandon(
     target = make_target(store, journal, pending.mode, pending.refiner)
     _undo(target, journal, pending, progress)
     digests = found.digests.copy()
-    lookup = Lookup(found.rows.ids)
+    lookup, ours, rounding = Lookup(found.rows.ids), LiveRows(journal, store), store.info().rounding
     for batch in store.scan(SCAN_ROWS):
         places = lookup.find(batch.ids)
-        digests[places[places >= 0]] = row_digests(batch.vectors)[places >= 0]
+        known = np.flatnonzero(places >= 0)
+        originals = ours.originals(batch)[0][known]
+        undone = known[near(originals, found.rows.take(places[known]), rounding)]
+        digests[places[undone]] = row_digests(batch.vectors[undone])
     return found._replace(digests=digests)
 
 
@@ -190,12 +192,25 @@ def recover(journal: Journal) -> None:
 
 def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:
     target.undo(write, progress)
-    journal.settle(happened=False)
     current = journal.manifest.current
     if current is None:
         mark(target.store, None)
-    elif target.mode == IN_PLACE:
-        mark(target.store, _note(journal, Refiner.load(journal.refiners / current.refiner)))
+    else:
+        refiner = Refiner.load(journal.refiners / current.refiner)
+        mark(holding(target.store, current), _note(journal, refiner))
+    journal.settle(happened=False)
+
+
+def _before(store: RowStore, journal: Journal, write: Write, kept: Rows) -> Iterator[VectorBatch]:
+    """Yield the rows as they are but for what an interrupted write did to them."""
+    ours, lookup = WrittenRows(journal, write, store.info().rounding), Lookup(kept.ids)
+    for batch in store.scan(SCAN_ROWS):
+        vectors, mine = ours.originals(batch)
+        vectors[~mine] = batch.vectors[~mine]
+        places = lookup.find(batch.ids)
+        held = mine & (places >= 0)
+        vectors[held] = kept.take(places[held])
+        yield VectorBatch(ids=batch.ids, vectors=vectors)
 
 
 def _note(journal: Journal, refiner: Refiner) -> dict[str, object]:

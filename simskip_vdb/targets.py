@@ -7,11 +7,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, Mask, Progress, StoreInfo, VectorBatch
+from simskip_vdb.datatypes import Mask, Progress, StoreInfo, VectorBatch
 from simskip_vdb.errors import ConfigError, StoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.provenance import SCAN_ROWS, LiveRows, Lookup, WrittenRows, near
-from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
+from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
+from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable, VectorStore
 
 SUFFIX = "@simskip"
@@ -27,32 +27,6 @@ class Restored(NamedTuple):
     store: VectorStore
     rows: int
     left: int
-
-
-class AsRead:
-    """The rows as they were read, to tell later whether somebody changed them.
-
-    A store may give back a vector with other last digits from one moment to the next (the client's
-    local mode normalises what it searches), so where it is not exact, near is the same.
-    """
-
-    def __init__(self, ids: Ids, digests: Digests, rows: Rows, info: StoreInfo) -> None:
-        """Take ids and digests as they were read, and rows on disk that held these vectors."""
-        self._digests, self._rows = digests, rows
-        self.lookup = Lookup(ids)
-        self._kept = self.lookup if rows.ids is ids else Lookup(rows.ids)
-        self._tolerance = 0.0 if info.exact else info.rounding
-
-    def same(self, now: VectorBatch) -> Mask:
-        """Tell which of these rows are as they were read; rows that were not there are not."""
-        places = self.lookup.find(now.ids)
-        same = (places >= 0) & (row_digests(now.vectors) == self._digests[places])
-        kept = self._kept.find(now.ids)
-        doubtful = np.flatnonzero(~same & (places >= 0) & (kept >= 0))
-        if self._tolerance and len(doubtful):
-            then = self._rows.take(kept[doubtful])
-            same[doubtful] = near(now.vectors[doubtful], then, self._tolerance)
-        return np.asarray(same)
 
 
 class InPlace:
@@ -294,10 +268,11 @@ def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) 
     def due() -> Iterator[tuple[VectorBatch, VectorBatch, int]]:
         done, total = 0, store.info().count
         for batch in store.scan(SCAN_ROWS):
-            _, mine = ours.originals(batch)
-            places = lookup.find(batch.ids[mine])
-            vectors = rows.take(places[places >= 0])
-            chosen = np.flatnonzero(mine)[places >= 0]
+            originals, mine = ours.originals(batch)
+            chosen = np.flatnonzero(mine)
+            places = lookup.find(batch.ids[chosen])
+            vectors = originals[chosen]
+            vectors[places >= 0] = rows.take(places[places >= 0])
             wrong = ~near(batch.vectors[chosen], vectors, rounding)
             done += len(batch)
             progress("restore", done, total)
