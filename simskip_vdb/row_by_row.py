@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simskip_vdb.datatypes import Mask, Positions, Progress, VectorBatch, silent
+from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors, silent
 from simskip_vdb.errors import TransientStoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, refined_at
@@ -351,6 +351,10 @@ class _Sending:
             gone=read.gone,
             target=self._target.name,
         )
+
+    def refined(self, ids: Ids) -> Vectors:
+        """Refine the originals of these rows, shape (len(ids), d)."""
+        return refined_at(self._found.rows, self._refine, self._lookup.find(ids))
 
     def _unchanged(self, now: VectorBatch) -> Mask:
         """Tell which rows are still as they were read."""

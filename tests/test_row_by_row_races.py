@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from live import Killed
+from live import Killed, LiveStore
 from test_row_by_row import D, Desk, kill, tolerance
 
 from simskip_vdb import reindex
@@ -93,3 +93,13 @@ def test_a_resumed_second_refinement_is_undone_to_what_was_there(desk: Desk, end
     np.testing.assert_allclose(
         desk.store.content()[20_000], newer()[0], atol=1e-6 + tolerance(desk)
     )
+
+
+def test_a_row_that_is_written_again_as_it_was_is_refined(desk: Desk) -> None:
+    def application(store: LiveStore) -> None:
+        store.put(desk.ids[:1], desk.vectors[:1])  # as for a change of its payload
+
+    desk.store.events[8] = application
+    written = desk.refine()
+    assert written.rows == len(desk.ids)
+    assert desk.rollback().exact
