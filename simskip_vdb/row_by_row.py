@@ -154,8 +154,8 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
     done = target.rollback(write, progress)
     after = fingerprint(done.store)
     exact = is_restored(done.store, originals)
-    journal.settle(happened=True, done=undo)
     mark(done.store, None)
+    journal.settle(happened=True, done=undo)
     return RolledBack(exact=exact, restored=done.rows, kept=done.left, fingerprint=after)
 
 

@@ -86,11 +86,10 @@ class NewVector(InPlace):
 
     def undo(self, write: Write, progress: Progress) -> None:
         """Remove the new vector, or fill it as before; see `InPlace.undo`."""
-        target = self.open(progress)
         if write.kept is None:
-            mark(target, None)
-            self._vectors.drop_vector_beside(self.name)
+            self._drop()
             return
+        target = self.open(progress)
         before = Rows(self._journal.path(write.kept))
         for start, block in before.blocks():
             ids = before.ids[start : start + len(block)]
@@ -99,11 +98,18 @@ class NewVector(InPlace):
 
     def rollback(self, write: Write, progress: Progress) -> Restored:
         """Remove the new vector; see `InPlace.rollback`."""
-        target = self.open(progress)
+        return Restored(self.store, self._drop(), 0)
+
+    def _drop(self) -> int:
+        """Remove the new vector where it was ever made; return how many rows had one."""
+        try:
+            target = self._vectors.vector_beside(self.name, create=False)
+        except ConfigError:  # there is none, or it is somebody else's
+            return 0
         count = target.info().count
         mark(target, None)
         self._vectors.drop_vector_beside(self.name)
-        return Restored(self.store, count, 0)
+        return count
 
 
 class NewCollection(InPlace):

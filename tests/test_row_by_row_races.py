@@ -10,7 +10,7 @@ import pytest
 from live import Killed, LiveStore
 from test_row_by_row import D, Desk, kill, tolerance
 
-from simskip_vdb import reindex
+from simskip_vdb import reindex, row_by_row
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.journal import Journal
 from simskip_vdb.row_by_row import Snapshot
@@ -103,3 +103,19 @@ def test_a_row_that_is_written_again_as_it_was_is_refined(desk: Desk) -> None:
     written = desk.refine()
     assert written.rows == len(desk.ids)
     assert desk.rollback().exact
+
+
+def test_the_marker_goes_even_where_a_rollback_died_before_taking_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.refine()
+
+    def die(store: VectorStore, note: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as dying:
+        dying.setattr(row_by_row, "mark", die)
+        with pytest.raises(Killed):
+            desk.rollback()
+    assert desk.rollback().exact
+    assert desk.store.note is None
