@@ -10,7 +10,7 @@ from qdrant_client import models
 
 from simskip_vdb.connectors.qdrant_calls import Calls
 from simskip_vdb.connectors.qdrant_layout import Layout, vectors_of
-from simskip_vdb.connectors.qdrant_points import F16_ROUNDING, F32_ROUNDING
+from simskip_vdb.connectors.qdrant_points import BESIDE, F16_ROUNDING, F32_ROUNDING
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import (
     ConfigError,
@@ -306,7 +306,9 @@ def _page_size(found: models.CollectionInfo, layout: Layout) -> int:
 
 
 def _check_copy(calls: Calls, source: str, target: str, there: models.CollectionInfo) -> None:
-    if target == source or (there.config.metadata or {}).get(_KEY) != source:
+    copied = str((there.config.metadata or {}).get(_KEY, ""))
+    ours = copied == source or copied.startswith(f"{source}{BESIDE}-")  # or a copy of a copy of it
+    if target == source or not ours:
         raise ConfigError(
             f"{calls.uri}: '{target}' is not a copy of '{source}' that was made here; choose "
             "another name"

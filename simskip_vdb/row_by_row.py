@@ -117,7 +117,7 @@ def write(
         receiving.settle(progress)
         read = sending.verify()
         accept(receiving)
-        target.finish(read_then, progress)
+        target.finish(read_then, sending.refined, progress)
     except TransientStoreError:
         raise
     except Exception:

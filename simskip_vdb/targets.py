@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from simskip_vdb.datatypes import Mask, Progress, StoreInfo, VectorBatch
-from simskip_vdb.errors import ConfigError, StoreError, VerificationError
+from simskip_vdb.datatypes import Ids, Mask, Progress, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.errors import (
+    ConfigError,
+    StoreError,
+    StoreNotFoundError,
+    VerificationError,
+)
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable, VectorStore
 
 SUFFIX = "@simskip"
+
+Refined = Callable[[Ids], Vectors]
+"""Refines the originals of these rows, shape (len(ids), d)."""
 
 
 class RowStore(VectorStore, RowWritable, Protocol):
@@ -46,7 +54,7 @@ class InPlace:
         """Tell which of the rows about to be written, in the store that is written, are as read."""
         return read.same(now)
 
-    def finish(self, read: AsRead, progress: Progress) -> None:
+    def finish(self, read: AsRead, refined: Refined, progress: Progress) -> None:
         """Let the refined vectors take effect, in rows that are as they were read."""
 
     def undo(self, write: Write, progress: Progress) -> None:
@@ -122,49 +130,98 @@ class NewCollection(InPlace):
             raise ConfigError(f"{store.info().uri}: it cannot be copied beside itself")
         super().__init__(store, journal)
         self._copies: Copied = store
-        current = journal.manifest.current
-        self.origin = store.collection if current is None else current.origin
+        pending, current = journal.manifest.pending, journal.manifest.current
+        if pending is not None and pending.target and pending.refiner == refiner:
+            self.origin, self.name = pending.origin, pending.target
+            return
+        ours = current is not None and current.target == store.collection
+        self.origin = current.origin if current is not None and ours else store.collection
         self.name = f"{self.origin}{SUFFIX}-{refiner}"
+        if self.name == store.collection:
+            self.name += f"-{len(journal.manifest.history) + 1}"
 
     def open(self, progress: Progress) -> RowStore:
         """Return the copy, made or brought up to date; see `InPlace.open`."""
+        if self._switched:
+            return self.store
         self._copies.check_alias()
         target = self._copies.copy(self.name, progress)
         assert isinstance(target, RowWritable)
         return target
 
-    def finish(self, read: AsRead, progress: Progress) -> None:
+    def finish(self, read: AsRead, refined: Refined, progress: Progress) -> None:
         """Bring over what the application wrote meanwhile, compare, and switch the alias."""
-        target = self.open(progress)
-        for batch in self.store.scan(SCAN_ROWS):
-            changed = ~read.same(batch)
-            if changed.any():
-                newer = VectorBatch(ids=batch.ids[changed], vectors=batch.vectors[changed])
-                target.update(newer, _any)
-        target.settle(progress)
+        if self._switched:
+            return
+        self._catch_up(read, refined, progress).settle(progress)
+        self._catch_up(read, refined, progress)  # building the index may have taken long
         self._copies.switch(self.name)
 
     def undo(self, write: Write, progress: Progress) -> None:
-        """Remove the copy; see `InPlace.undo`."""
-        self._copies.drop_copy(self.name)
+        """Remove the copy, or restore its rows where the alias leads to it; see `InPlace.undo`."""
+        if self._switched:
+            super().undo(write, progress)
+        else:
+            self._copies.drop_copy(self.name)
 
     def rollback(self, write: Write, progress: Progress) -> Restored:
-        """Switch back where the copy is as we left it; else restore its rows where they are."""
-        if self._copies.collection != write.target:  # the copy was never switched to
+        """Switch back where the copy is as we left it; else restore rows where they are.
+
+        Raises:
+            StoreError: The application wrote to the copy just before the alias was switched back.
+        """
+        if self._copies.collection == write.target:
+            origin = self._untouched(write, progress)
+            if origin is not None:
+                assert isinstance(origin, Copied)
+                self._copies.switch(write.origin)
+                self._drop(write, progress)
+                return Restored(origin, 0 if write.written is None else write.written.rows, 0)
+        elif write.written is None:  # the copy was never switched to
             self._copies.drop_copy(write.target)
             return Restored(self.store, 0, 0)
-        origin = self._copies.other(write.origin)
-        assert isinstance(origin, Copied)
-        if holds(self.store, self._journal, write):
-            try:
-                origin.compare(write.target, progress)
-            except VerificationError:
-                pass
-            else:
-                self._copies.switch(write.origin)
-                origin.drop_copy(write.target)
-                return Restored(origin, 0 if write.written is None else write.written.rows, 0)
         return super().rollback(write, progress)
+
+    @property
+    def _switched(self) -> bool:
+        return self._copies.collection == self.name
+
+    def _catch_up(self, read: AsRead, refined: Refined, progress: Progress) -> RowStore:
+        target = self.open(progress)
+        for batch in self.store.scan(SCAN_ROWS):
+            same = read.same(batch)
+            target.update(VectorBatch(ids=batch.ids[~same], vectors=batch.vectors[~same]), _any)
+            # A point whose payload changed was copied again, with its vector.
+            vectors = refined(batch.ids[same])
+            finite = np.isfinite(vectors).all(axis=1)
+            again = VectorBatch(ids=batch.ids[same][finite], vectors=vectors[finite])
+            target.update(again, read.same)
+        return target
+
+    def _untouched(self, write: Write, progress: Progress) -> VectorStore | None:
+        """Return the collection from before, where it holds all that the copy holds."""
+        if not holds(self.store, self._journal, write):
+            return None
+        try:
+            origin = self._copies.other(write.origin)
+            assert isinstance(origin, Copied)
+            origin.compare(write.target, progress)
+        except (StoreNotFoundError, VerificationError):
+            return None
+        return origin if is_restored(origin, self._journal.open_originals(write)) else None
+
+    def _drop(self, write: Write, progress: Progress) -> None:
+        """Remove the copy, unless something was written to it before the alias led elsewhere."""
+        origin = self._untouched(write, progress)
+        if origin is None:
+            raise StoreError(
+                f"{self.store.info().uri}: '{write.origin}' or '{write.target}' was written to "
+                f"while the alias was led back to '{write.origin}'. Both are kept; bring over what "
+                f"'{write.target}' has and '{write.origin}' has not, then run the same command "
+                "again"
+            )
+        assert isinstance(origin, Copied)
+        origin.drop_copy(write.target)
 
 
 def check_same_mode(journal: Journal, mode: str) -> None:
