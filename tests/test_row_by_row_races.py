@@ -11,10 +11,10 @@ from live import Killed, LiveStore
 from test_row_by_row import D, Desk, kill, tolerance
 
 from simskip_vdb import reindex, row_by_row
-from simskip_vdb.datatypes import Vectors
+from simskip_vdb.datatypes import Ids, Mask, Progress, VectorBatch, Vectors
 from simskip_vdb.journal import Journal
 from simskip_vdb.row_by_row import Snapshot
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import Allowed, VectorStore
 
 
 @pytest.fixture(params=["numbers", "half precision"])
@@ -119,3 +119,32 @@ def test_the_marker_goes_even_where_a_rollback_died_before_taking_it(
             desk.rollback()
     assert desk.rollback().exact
     assert desk.store.note is None
+
+
+def test_a_store_that_shows_writes_late_is_refined(tmp_path: Path) -> None:
+    ids = np.arange(300)
+    vectors = np.random.default_rng(0).normal(size=(len(ids), D)).astype(np.float32)
+
+    class Late(LiveStore):
+        """Shows what it was written only once it is settled."""
+
+        shown: dict[int, Vectors] | None = None
+
+        def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
+            shown, self.shown = self.shown or self.content(), None
+            written = super().update(batch, allowed)
+            self.shown = shown
+            return written
+
+        def peek(self, ids: Ids) -> VectorBatch:
+            if self.shown is None:
+                return super().peek(ids)
+            return VectorBatch(ids=ids, vectors=np.stack([self.shown[i] for i in ids.tolist()]))
+
+        def settle(self, progress: Progress) -> None:
+            self.shown = None
+
+    desk = Desk(tmp_path, text=False, half=False)
+    desk.ids, desk.vectors, desk.store = ids, vectors, Late(ids, vectors)
+    assert desk.refine().rows == len(ids)
+    assert desk.rollback().restored == len(ids)
