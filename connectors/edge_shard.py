@@ -29,6 +29,8 @@ _DATATYPES = {
     "float16": edge.VectorStorageDatatype.Float16,
 }
 
+_COMPARATORS = {"max_sim": edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VectorSettings:
@@ -42,6 +44,8 @@ class VectorSettings:
         rounding: Relative L2 distance within which it is read back.
         hnsw: ``m`` and ``ef_construct`` of its graph.
         quantization: Kind of the codes beside it, such as ``scalar``; None where there are none.
+        multi: How a point's several vectors under the name are compared, in the engine's terms;
+            None where it has one.
     """
 
     dim: int
@@ -51,6 +55,7 @@ class VectorSettings:
     rounding: float
     hnsw: Mapping[str, int]
     quantization: str | None
+    multi: edge.MultiVectorConfig | None
 
     @property
     def exact(self) -> bool:
@@ -132,11 +137,6 @@ def settings_of(config: Mapping[str, Any], vector: str, uri: str) -> VectorSetti
         UnsupportedIndexError: It cannot be refined.
     """
     found = config["vectors"][vector]
-    if found.get("multivector_config"):
-        raise UnsupportedIndexError(
-            f"{uri}: each point has several vectors under this name; only single vectors are "
-            "refined, so name one of those with ?vector=NAME"
-        )
     rounding = rounding_of(found.get("datatype"), uri)
     metric = metric_of(found["distance"], uri)
     graph = {**_HNSW, **(config.get("hnsw_config") or {}), **(found.get("hnsw_config") or {})}
@@ -149,6 +149,9 @@ def settings_of(config: Mapping[str, Any], vector: str, uri: str) -> VectorSetti
         rounding=rounding,
         hnsw={name: graph[name] for name in _HNSW},
         quantization=next(iter(codes), None),
+        multi=_COMPARATORS[found["multivector_config"]["comparator"]]
+        if found.get("multivector_config")
+        else None,
     )
 
 

@@ -6,16 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from uuid import UUID
 
 import numpy as np
 import qdrant_edge as edge
 
 from simskip_vdb.connectors.edge_filters import to_filter
+from simskip_vdb.connectors.edge_multi import EdgePoints
 from simskip_vdb.connectors.edge_notes import read_notes, write_note
 from simskip_vdb.connectors.edge_records import search_params
 from simskip_vdb.connectors.edge_rows import PAGE, EdgeRows
 from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
+from simskip_vdb.connectors.multi_rows import KIND, MultiRows
 from simskip_vdb.connectors.qdrant_points import (
     about,
     choose_vector,
@@ -131,10 +132,12 @@ class EdgeStore:
         with engine_call(self._uri, "describing the shard"):
             shard = self._shard.info()
         codes = f", {settings.quantization} quantisation" if settings.quantization else ""
+        points = self._rows.count()
         return StoreInfo(
             uri=self._uri,
-            kind=f"Qdrant Edge, {'HNSW' if settings.hnsw['m'] else 'no graph'}{codes}",
-            count=self._rows.count(),
+            kind=f"Qdrant Edge, {'HNSW' if settings.hnsw['m'] else 'no graph'}{codes}"
+            + (f", {KIND}" if self._multi else ""),
+            count=self._multi.count(points) if self._multi else points,
             dim=settings.dim,
             metric=settings.metric,
             exact=settings.exact,
@@ -143,6 +146,7 @@ class EdgeStore:
             state=self._state,
             details={
                 **settings.hnsw,
+                **({"points": points} if self._multi else {}),
                 "quantization": settings.quantization,
                 "segments": shard.segments_count,
                 "indexed_vectors": shard.indexed_vectors_count,
@@ -171,7 +175,9 @@ class EdgeStore:
             raise ConfigError(f"{self._uri}: the store has no partitions")
         for field in fields:
             self._rows.refuse_unknown(field)
-        return self._scan(batch_size, list(fields), self._point(cursor))
+        if self._multi:
+            return self._multi.scan(batch_size, list(fields), cursor)
+        return self._rows.scan(batch_size, list(fields), self._rows.point(cursor))
 
     def fetch(self, ids: Ids) -> Vectors:
         """Return the vectors of these ids; see `VectorStore.fetch`."""
@@ -188,6 +194,8 @@ class EdgeStore:
 
     def peek(self, ids: Ids) -> VectorBatch:
         """Return those of these rows that are there; see `RowWritable.peek`."""
+        if self._multi:
+            return self._multi.peek(ids)
         vectors = np.empty((len(ids), self._settings.dim), np.float32)
         there = np.zeros(len(ids), np.bool_)
         for start in range(0, len(ids), PAGE):
@@ -214,7 +222,9 @@ class EdgeStore:
                 requests = [
                     edge.QueryRequest(
                         limit=k,
-                        query=edge.Query.Nearest(query, using=self._vector),
+                        query=edge.Query.Nearest([query], using=self._vector)
+                        if self._multi
+                        else edge.Query.Nearest(query, using=self._vector),
                         filter=self._filter,
                         params=settings,
                     )
@@ -226,12 +236,15 @@ class EdgeStore:
                     scores[row, : len(hits)] = [hit.score for hit in hits]
         if self._settings.metric is Metric.EUCLID:  # the engine's is a distance
             scores = np.where(np.isneginf(scores), scores, -(scores**2))
-        return Neighbors(ids=ids, scores=scores)
+        found = Neighbors(ids=ids, scores=scores)
+        return self._multi.rank(array, found) if self._multi else found
 
     def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
         """Overwrite vectors; see `RowWritable.update`."""
         self._writable()
         vectors = checked_rows(self._uri, batch, self._settings.dim)
+        if self._multi:
+            return self._multi.update(batch.ids, vectors, allowed)
         written = np.zeros(len(batch), np.bool_)
         for start in range(0, len(batch), PAGE):
             at, now = self._rows.read(batch.ids[start : start + PAGE])
@@ -242,7 +255,8 @@ class EdgeStore:
             if self._guard is not None:
                 guards = [now.fields[self._guard][row] for row in chosen.tolist()]
             rows = start + at[chosen]
-            written[rows] = self._rows.write(batch.ids[rows], vectors[rows], guards)
+            points = to_points(batch.ids[rows])
+            written[rows] = self._rows.write(points, vectors[rows].tolist(), guards)
         return written
 
     def settle(self, progress: Progress) -> None:
@@ -279,7 +293,11 @@ class EdgeStore:
             with engine_call(self._uri, f"adding the vector '{name}'"):
                 self._shard.update(
                     edge.UpdateOperation.create_dense_vector(
-                        name, settings.dim, settings.distance, datatype=settings.datatype
+                        name,
+                        settings.dim,
+                        settings.distance,
+                        multivector_config=settings.multi,
+                        datatype=settings.datatype,
                     )
                 )
                 # A kill before this would leave a shard that cannot be loaded.
@@ -287,7 +305,12 @@ class EdgeStore:
         beside = object.__new__(EdgeStore)
         beside.__dict__.update(self.__dict__)
         beside._owned = False
-        beside._choose(name, gives=True)
+        beside._choose(name, beside=self._rows)
+        if (beside._multi is None) != (self._multi is None):
+            raise ConfigError(
+                f"{self._uri}: of the vectors '{name}' and '{self._vector}', one is a multivector "
+                "and the other is not; choose another name"
+            )
         return beside
 
     def drop_vector_beside(self, name: str) -> None:
@@ -328,7 +351,7 @@ class EdgeStore:
     def _marker(self) -> Path:
         return self._states / "marker.json"
 
-    def _choose(self, vector: str | None, *, gives: bool = False) -> None:
+    def _choose(self, vector: str | None, *, beside: EdgeRows | None = None) -> None:
         config = read_config(self._path, self._uri)
         self._vector = choose_vector(config.get("vectors") or (), vector, self._uri)
         self._settings = settings_of(config, self._vector, self._uri)
@@ -339,8 +362,17 @@ class EdgeStore:
             dim=self._settings.dim,
             filter=self._filter,
             guard=self._guard,
-            gives=gives,
+            gives=beside is not None,
         )
+        self._multi = None
+        if self._settings.multi is not None:
+            self._multi = MultiRows(
+                EdgePoints(self._rows),
+                uri=self._uri,
+                dim=self._settings.dim,
+                metric=self._settings.metric,
+                source=None if beside is None else EdgePoints(beside),
+            )
 
     def _vectors(self) -> Iterable[str]:
         config = read_config(self._path, self._uri)
@@ -349,39 +381,3 @@ class EdgeStore:
     def _writable(self) -> None:
         if self._read_only:
             raise ConfigError(f"{self._uri} was opened for reading only")
-
-    def _point(self, cursor: Cursor | None) -> int | str | None:
-        if cursor is None:
-            return None
-        text = str(cursor)
-        try:
-            return int(text) if text.isdigit() else str(UUID(text))
-        except ValueError:
-            raise ConfigError(f"{self._uri}: cursor '{text}' is no point id") from None
-
-    def _scan(
-        self, batch_size: int, fields: Sequence[str], after: int | str | None
-    ) -> Iterator[VectorBatch]:
-        while True:
-            vectors = np.empty((batch_size, self._settings.dim), np.float32)
-            ids: list[Ids] = []
-            columns: dict[str, list[Any]] = {field: [] for field in fields}
-            done, page = 0, True
-            while page and done < batch_size:
-                found, values = self._rows.page(after, vectors[done:][:PAGE], fields)
-                page = len(found) > 0
-                if page:
-                    ids.append(found)
-                    for field in fields:
-                        columns[field] += values[field]
-                    after = to_points(found[-1:])[0]
-                    done += len(found)
-            if done:
-                yield VectorBatch(
-                    ids=np.concatenate(ids),
-                    vectors=vectors[:done],
-                    fields=columns,
-                    cursor=str(after),
-                )
-            if done < batch_size:
-                return

@@ -84,7 +84,12 @@ def compare(calls: Calls, source: str, target: str, layout: Layout, progress: Pr
 def create_vector(calls: Calls, collection: str, name: str, like: models.VectorParams) -> None:
     """Make room for another vector a point, with the settings of one that is there."""
     datatype = None if like.datatype is None else models.VectorStorageDatatype(like.datatype.value)
-    dense = models.DenseVectorConfig(size=like.size, distance=like.distance, datatype=datatype)
+    dense = models.DenseVectorConfig(
+        size=like.size,
+        distance=like.distance,
+        multivector_config=like.multivector_config,
+        datatype=datatype,
+    )
     calls(
         "create_vector_name",
         collection_name=collection,

@@ -9,9 +9,10 @@ from typing import Any
 
 from qdrant_client import models
 
+from simskip_vdb.connectors.multi_rows import KIND
 from simskip_vdb.connectors.qdrant_points import choose_vector, metric_of, rounding_of
 from simskip_vdb.datatypes import Metric
-from simskip_vdb.errors import ConfigError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError
 
 Version = tuple[int, int]
 """Major and minor."""
@@ -52,6 +53,11 @@ class Layout:
         """Dimension of a vector."""
         return self.params.size
 
+    @property
+    def multi(self) -> bool:
+        """True where each point has several vectors."""
+        return self.params.multivector_config is not None
+
     def limit(self, name: str, most: int) -> int:
         """Return `most`, or strict mode's limit of that name where it is lower."""
         allowed = self.strict.get(name)
@@ -79,11 +85,6 @@ def layout_of(info: models.CollectionInfo, wanted: str | None, uri: str) -> Layo
     vectors = vectors_of(info)
     name = choose_vector(vectors, wanted, uri)
     params = vectors[name]
-    if params.multivector_config is not None:
-        raise UnsupportedIndexError(
-            f"{uri}: each row has a list of vectors (multivector), which is not refined yet; "
-            "name a vector with one embedding a row"
-        )
     metric = metric_of(params.distance.value, uri)
     datatype = params.datatype.value if params.datatype else None
     rounding = rounding_of(datatype, uri)
@@ -102,13 +103,15 @@ def layout_of(info: models.CollectionInfo, wanted: str | None, uri: str) -> Layo
 
 def kind_of(layout: Layout, info: models.CollectionInfo, *, local: bool) -> str:
     """Return what searches the vector, in a person's words."""
-    if local:
-        return "exact, Qdrant's local mode"
     quantised = layout.params.quantization_config or info.config.quantization_config
-    if quantised is None:
-        return "HNSW"
-    name = type(quantised).__name__.removesuffix("Quantization").lower()
-    return f"HNSW, {name} quantization"
+    if local:
+        kind = "exact, Qdrant's local mode"
+    elif quantised is None:
+        kind = "HNSW"
+    else:
+        name = type(quantised).__name__.removesuffix("Quantization").lower()
+        kind = f"HNSW, {name} quantization"
+    return f"{kind}, {KIND}" if layout.multi else kind
 
 
 def details_of(layout: Layout, info: models.CollectionInfo, version: str) -> dict[str, Any]:

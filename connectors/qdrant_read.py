@@ -77,7 +77,7 @@ class Reader:
             if strict and field not in indexed:
                 continue
             empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=json_path(field)))
-            page = self._scroll(1, models.Filter(must_not=[empty]), vectors=False)
+            page = self.page(1, models.Filter(must_not=[empty]), vectors=False)
             if not page.records and self.count():
                 raise ConfigError(f"{self.calls.uri}: no row has the payload field '{field}'")
 
@@ -89,7 +89,7 @@ class Reader:
             return
 
         def scroll(start: Point | None, part: models.SliceCondition | None) -> Page:
-            return self._scroll(size, _all_of(self.chosen, part), start=start, fields=fields)
+            return self.page(size, _all_of(self.chosen, part), start=start, fields=fields)
 
         if self.streams == 1:
             pages = read_pages(scroll, start_of(cursor))
@@ -105,26 +105,31 @@ class Reader:
     def rows(self, ids: Ids, fields: Sequence[str] = ()) -> VectorBatch:
         """Return those of these rows that are there, in the order asked."""
         layout = self.layout
-        records: list[models.Record] = []
-        size = layout.limit("max_query_limit", _POINTS)
-        for start in range(0, len(ids), size):
-            points = to_points(ids[start : start + size])
-            if self.chosen is None:
-                records += self.calls(
-                    "retrieve",
-                    ids=points,
-                    with_payload=[json_path(field) for field in fields] or False,
-                    with_vectors=[layout.name],
-                    **self.request,
-                )
-            else:
-                wanted = _all_of(models.HasIdCondition(has_id=[*points]), self.chosen)
-                records += self._scroll(len(points), wanted, fields=fields).records
+        records = self.records(to_points(ids), fields)
         found = to_batch(records, layout.name, layout.dim, fields, fill=self.fill)
         place = find_ids(found.ids, ids)
         return take_rows(found, place[place >= 0])
 
-    def _scroll(
+    def records(self, points: Sequence[Point], fields: Sequence[str]) -> list[models.Record]:
+        """Return those of these points that are there, in whatever order."""
+        records: list[models.Record] = []
+        size = self.layout.limit("max_query_limit", _POINTS)
+        for start in range(0, len(points), size):
+            some = points[start : start + size]
+            if self.chosen is None:
+                records += self.calls(
+                    "retrieve",
+                    ids=some,
+                    with_payload=[json_path(field) for field in fields] or False,
+                    with_vectors=[self.layout.name],
+                    **self.request,
+                )
+            else:
+                wanted = _all_of(models.HasIdCondition(has_id=[*some]), self.chosen)
+                records += self.page(len(some), wanted, fields=fields).records
+        return records
+
+    def page(
         self,
         size: int,
         chosen: models.Filter | None,
@@ -133,6 +138,7 @@ class Reader:
         fields: Sequence[str] = (),
         vectors: bool = True,
     ) -> Page:
+        """Return points that pass a filter, from an id on."""
         return Page(
             *self.calls(
                 "scroll",

@@ -36,7 +36,7 @@ def to_batch(
         cursor: The batch's cursor.
     """
     missing = [float("nan")] * dim if fill else None
-    vectors = [_vector(record, name) or missing for record in records]
+    vectors = [vector_of(record, name) or missing for record in records]
     kept = [i for i, vector in enumerate(vectors) if vector is not None]
     payloads = [records[i].payload or {} for i in kept] if fields else []
     return VectorBatch(
@@ -117,6 +117,7 @@ def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     return unit
 
 
-def _vector(record: models.Record, name: str) -> Any:  # noqa: ANN401 a list of numbers or None
+def vector_of(record: models.Record, name: str) -> Any:  # noqa: ANN401 the client's unions
+    """Return a record's vector, or several, as lists; None where it has none of that name."""
     vector = record.vector
     return vector.get(name) if isinstance(vector, dict) else vector

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import ValidationError
 from qdrant_client import QdrantClient, models
 
+from simskip_vdb.connectors.multi_rows import MOST, MultiRows
 from simskip_vdb.connectors.qdrant_calls import Calls, Retries
 from simskip_vdb.connectors.qdrant_layout import (
     ANY_VERSION,
@@ -21,6 +22,7 @@ from simskip_vdb.connectors.qdrant_layout import (
     need_version,
     parse_version,
 )
+from simskip_vdb.connectors.qdrant_multi import ClientPoints
 from simskip_vdb.connectors.qdrant_open import (
     is_local,
     state_of,
@@ -124,6 +126,7 @@ class QdrantRows:
         self._calls.uri = self._uri
         self._reader = self._make_reader(fill=False)
         self._before_writing = self._reader
+        self._multi = self._make_multi() if self._layout.multi else None
         if guard_field is not None:
             need_version(self._version, _GUARD, "a guard field", self._uri)
 
@@ -134,10 +137,11 @@ class QdrantRows:
     def info(self) -> StoreInfo:
         """Describe the vector as it is now; only points that have it count."""
         found, layout = self._describe(), self._layout
+        points = self._reader.count()
         return StoreInfo(
             uri=self._uri,
             kind=kind_of(layout, found, local=self._local),
-            count=self._reader.count(),
+            count=self._multi.count(points) if self._multi else points,
             dim=layout.dim,
             metric=layout.metric,
             exact=layout.exact,
@@ -165,6 +169,8 @@ class QdrantRows:
             raise ConfigError(f"{self._uri}: the store has no partitions")
         if fields:
             self._reader.check_fields(fields, frozenset(self._describe().payload_schema))
+        if self._multi:
+            return self._multi.scan(batch_size, fields, cursor)
         return self._reader.scan(batch_size, fields, cursor)
 
     def fetch(self, ids: Ids) -> Vectors:
@@ -193,7 +199,7 @@ class QdrantRows:
         for start in range(0, len(array), size):
             requests = [
                 models.QueryRequest(
-                    query=query,
+                    query=[query] if self._multi else query,
                     using=layout.name or None,
                     filter=self._filter,
                     params=None if self._local else settings,
@@ -204,10 +210,13 @@ class QdrantRows:
             ]
             name = self._collection
             answers += self._calls("query_batch_points", collection_name=name, requests=requests)
-        return to_neighbors(answers, k, layout.metric)
+        found = to_neighbors(answers, k, layout.metric)
+        return self._multi.rank(array, found) if self._multi else found
 
     def peek(self, ids: Ids) -> VectorBatch:
         """Return those of these rows that are there; see `RowWritable.peek`."""
+        if self._multi:
+            return self._multi.peek(np.asarray(ids))
         return self._reader.rows(np.asarray(ids))
 
     def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
@@ -218,6 +227,8 @@ class QdrantRows:
         """
         self._writable()
         vectors = checked_rows(self._uri, batch, self._layout.dim)
+        if self._multi:
+            return self._multi.update(np.asarray(batch.ids), vectors, allowed)
         guard = (self._guard_field,) if self._guard_field else ()
         writer = Writer(
             calls=self._calls,
@@ -281,6 +292,21 @@ class QdrantRows:
             slices=self._streams if self._version >= _SLICES else 1,
             fill=fill,
         )
+
+    def _make_multi(self, source: ClientPoints | None = None) -> MultiRows:
+        """Return the rows of a multivector; `source` is what `vector_beside` stands beside."""
+        layout = self._layout
+        return MultiRows(
+            self._points(),
+            uri=self._uri,
+            dim=layout.dim,
+            metric=layout.metric,
+            most=layout.limit("max_query_limit", layout.limit("upsert_max_batchsize", MOST)),
+            source=source,
+        )
+
+    def _points(self) -> ClientPoints:
+        return ClientPoints(reader=self._reader, guard_field=self._guard_field, delay=self._delay)
 
     def _describe(self) -> models.CollectionInfo:
         found: models.CollectionInfo = self._calls(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qdrant_client import models
+
 from simskip_vdb.connectors.qdrant_copy import (
     compare,
     copy_collection,
@@ -104,12 +106,15 @@ class QdrantStore(QdrantRows):
             self._writable()
             need_version(self._version, _NEW_VECTOR, "adding a vector", self._uri)
             create_vector(self._calls, self._collection, name, own)
-        elif (vectors[name].size, vectors[name].distance) != (own.size, own.distance):
+        elif _space(vectors[name]) != _space(own):
             raise ConfigError(
-                f"{self._uri}: the vector '{name}' has other dimensions or another distance; "
-                "choose another name"
+                f"{self._uri}: the vector '{name}' has other dimensions or another distance, or "
+                "another number of vectors a point; choose another name"
             )
-        return self._sibling(self._collection, name, fill=True)
+        beside = self._sibling(self._collection, name, fill=True)
+        if self._multi:
+            beside._multi = beside._make_multi(source=self._points())
+        return beside
 
     def drop_vector_beside(self, name: str) -> None:
         """Remove the vectors of that name; see `AddsVectors.drop_vector_beside`.
@@ -196,3 +201,7 @@ class QdrantStore(QdrantRows):
         )
         store._before_writing = store._make_reader(fill=fill)
         return store
+
+
+def _space(params: models.VectorParams) -> tuple[object, ...]:
+    return params.size, params.distance, params.multivector_config

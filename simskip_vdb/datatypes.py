@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.float32]
 """Row vectors, shape (n, d)."""
 Ids = NDArray[Any]
-"""Row ids, shape (n,): int64 in FAISS; in Qdrant the text of a number or UUID, dtype S36."""
-ID_TEXT = np.dtype("S36")
-"""Row ids that are text: a number, or a UUID."""
+"""Row ids, shape (n,): int64 in FAISS; in Qdrant text, dtype S44."""
+ID_TEXT = np.dtype("S44")
+"""Row ids that are text: a number or a UUID, and behind ``#`` which vector of several it is."""
 Mask = NDArray[np.bool_]
 """A choice among rows, shape (n,)."""
 Cursor = int | str

@@ -212,9 +212,6 @@ UNFIT = {
     "uint8": params(D, datatype=edge.VectorStorageDatatype.Uint8),
     "turbo4": params(D, datatype=edge.VectorStorageDatatype.Turbo4),  # type: ignore[attr-defined]
     "turbo16": params(D, datatype=edge.VectorStorageDatatype.Turbo16),
-    "several vectors": params(
-        D, multivector_config=edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
-    ),
 }
 
 

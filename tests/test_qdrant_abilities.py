@@ -106,7 +106,6 @@ def test_points_without_the_vector_are_no_rows(
         ({"distance": "Manhattan"}, "Manhattan"),
         ({"datatype": "uint8"}, "uint8"),
         ({"datatype": "turbo4"}, "turbo4"),
-        ({"multivector_config": {"comparator": "max_sim"}}, "multivector"),
     ],
 )
 def test_what_cannot_hold_refined_vectors_is_refused(params: dict[str, Any], why: str) -> None:
