@@ -237,7 +237,9 @@ def _documents(column: RowColumn | None, ids: Ids, notes: Notes) -> dict[str, in
     if len(documents) < len(positions):
         raise DataError(
             f"{column.source}: document id {_first_repeated(column.values)!r} stands for more "
-            "than one row; judgments need one row a document"
+            "than one row, and judgments need one row a document. Give groups instead "
+            "(--group-field or --labels), or write a refiner that was fitted elsewhere "
+            "(--refiner DIR --accept-unmeasured)"
         )
     return documents
 

@@ -125,13 +125,17 @@ class Client(Engine):
         self.client.create_collection(
             COLLECTION,
             vectors_config={
-                VECTOR: models.VectorParams(size=DIM, distance=models.Distance.COSINE),
+                VECTOR: self.space(),
                 OTHER: models.VectorParams(size=3, distance=models.Distance.DOT),
             },
         )
         lead = models.CreateAlias(collection_name=COLLECTION, alias_name=ALIAS)
         self.client.update_collection_aliases([models.CreateAliasOperation(create_alias=lead)])
         super().__init__(folder, **options)
+
+    def space(self) -> models.VectorParams:
+        """Return the settings of the vector that is refined."""
+        return models.VectorParams(size=DIM, distance=models.Distance.COSINE)
 
     @contextmanager
     def open(self, **options: Any) -> Iterator[QdrantStore]:
@@ -169,11 +173,15 @@ class Edge(Engine):
         self.path = folder / "shard"
         self.path.mkdir()
         params = {
-            VECTOR: edge.EdgeVectorParams(DIM, edge.Distance.Cosine),
+            VECTOR: self.space(),
             OTHER: edge.EdgeVectorParams(3, edge.Distance.Dot),
         }
         edge.EdgeShard.create(str(self.path), edge.EdgeConfig(vectors=params)).close()
         super().__init__(folder, **options)
+
+    def space(self) -> edge.EdgeVectorParams:
+        """Return the settings of the vector that is refined."""
+        return edge.EdgeVectorParams(DIM, edge.Distance.Cosine)
 
     @contextmanager
     def open(self, **options: Any) -> Iterator[EdgeStore]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def row_ids(points: Sequence[int | str], sizes: Sequence[int]) -> Ids:
     return np.array(names, ID_TEXT)
 
 
-def flat(held: Held) -> tuple[Ids, Vectors]:
+def flat(held: Mapping[Any, Vectors]) -> tuple[Ids, Vectors]:
     ids = row_ids(list(held), [len(vectors) for vectors in held.values()])
     return ids, np.concatenate(list(held.values()))
 
