@@ -143,6 +143,7 @@ class EdgeStore:
             exact=settings.exact,
             rounding=settings.rounding,
             payload=True,
+            partial=self._filter is not None,
             state=self._state,
             details={
                 **settings.hnsw,

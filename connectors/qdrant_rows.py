@@ -147,6 +147,7 @@ class QdrantRows:
             exact=layout.exact,
             rounding=layout.rounding,
             payload=True,
+            partial=self._filter is not None,
             state=state_of(self._client, self._opened_as, self._label),
             details=details_of(layout, found, self._version_text),
         )

@@ -75,6 +75,7 @@ class StoreInfo:
         lossy: True where it is read back too coarsely to be refined.
         rounding: Relative L2 distance within which a vector that is not exact is read back.
         payload: True where rows have payload fields.
+        partial: True where a filter hides rows, so that one may leave or enter.
         state: Folder where the state of this store is kept, unless told otherwise; None where
             there is no usual place.
         details: Index parameters worth showing, by FAISS's or Qdrant's own names.
@@ -90,6 +91,7 @@ class StoreInfo:
     lossy: bool = False
     rounding: float = 2e-3
     payload: bool = False
+    partial: bool = False
     state: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

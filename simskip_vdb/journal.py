@@ -6,6 +6,7 @@ A state folder holds
     originals-*.arrow      every row as the application wrote it: id, vector (Arrow IPC)
     written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC)
     before-*.arrow         every row as an earlier refinement of ours had left it (Arrow IPC)
+    unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
     refiners/ID/           fitted refiners
     ledger.json            splits of queries, and looks at the test queries
@@ -31,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch
+from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
 from simskip_vdb.rows import Digests, Rows, ids_from_arrow, ids_to_arrow
@@ -192,6 +193,10 @@ class Journal:
         self._update()  # a folder that holds rows has a manifest
         ref = self.scanned = self._save_rows("originals", batches)
         return Rows(self.folder / ref.name)
+
+    def save_unseen(self, ids: Ids, vectors: Vectors) -> FileRef:
+        """Write the originals of rows that cannot be seen any more, for good."""
+        return self._save_rows("unseen", [VectorBatch(ids=ids, vectors=vectors)])
 
     def save_before(self, batches: Iterable[VectorBatch]) -> FileRef:
         """Write rows as an earlier refinement left them, and make them durable."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
@@ -131,6 +133,15 @@ class LiveRows:
             for write in writes
             if write is not None and write.refiner and write.mode != NEW_VECTOR
         ]
+        # An application that read a row before it was refined again may write it as it was then.
+        now = journal.manifest.current
+        if now is not None and self._writes:
+            past = {entry["refiner"] for entry in journal.manifest.history} - {now.refiner, ""}
+            self._writes += [
+                WrittenRows(journal, replace(now, refiner=name, written=None), rounding)
+                for name in sorted(past)
+                if (journal.refiners / name).is_dir()
+            ]
 
     def __bool__(self) -> bool:
         return bool(self._writes)

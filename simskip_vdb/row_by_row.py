@@ -7,6 +7,7 @@ originals and the refiner are in the state. The same command goes on, `rollback`
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,14 +15,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import (
+    ID_TEXT,
+    Ids,
+    Mask,
+    Positions,
+    Progress,
+    VectorBatch,
+    Vectors,
+    silent,
+)
 from simskip_vdb.errors import TransientStoreError, VerificationError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, refined_at
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
-from simskip_vdb.store import Check
+from simskip_vdb.store import Check, VectorStore
 from simskip_vdb.targets import (
     InPlace,
     RowStore,
@@ -31,6 +41,8 @@ from simskip_vdb.targets import (
     make_target,
     mark,
 )
+
+log = logging.getLogger(__name__)
 
 FEWEST = 100  # rows, below which a share of them says little
 _TRIES = 3
@@ -86,6 +98,7 @@ def write(
     """
     target = make_target(store, journal, mode, refiner.id)
     pending = journal.manifest.pending
+    _keep_unseen(store, journal, found.rows.ids)
     read_then = AsRead(found.rows, found.digests, journal, store)
     if pending is not None:
         kept, before = pending.kept, pending.before
@@ -152,6 +165,7 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
         journal.announce(undo)
     originals = journal.open_originals(write)
     done = target.rollback(write, progress)
+    _keep_unseen(done.store, journal)
     after = fingerprint(done.store)
     exact = is_restored(done.store, originals)
     mark(done.store, None)
@@ -211,6 +225,27 @@ def _before(store: RowStore, journal: Journal, write: Write, kept: Rows) -> Iter
         held = mine & (places >= 0)
         vectors[held] = kept.take(places[held])
         yield VectorBatch(ids=batch.ids, vectors=vectors)
+
+
+def _keep_unseen(store: VectorStore, journal: Journal, seen: Ids | None = None) -> None:
+    """Keep originals of rows of ours that a filter hides by now: they may still be refined."""
+    write = journal.manifest.current
+    if write is None or write.mode == NEW_VECTOR or not store.info().partial:
+        return
+    if seen is None:
+        parts = [batch.ids for batch in store.scan(SCAN_ROWS)]
+        seen = np.concatenate(parts) if parts else np.empty(0, ID_TEXT)
+    originals = journal.open_originals(write)
+    hidden = np.flatnonzero(Lookup(seen).find(originals.ids) < 0)
+    if len(hidden):
+        ref = journal.save_unseen(originals.ids[hidden], originals.take(hidden))
+        log.warning(
+            "%s: %d rows that were refined do not pass the filter any more, or were removed; their "
+            "originals are kept in %s",
+            store.info().uri,
+            len(hidden),
+            journal.folder / ref.name,
+        )
 
 
 def _note(journal: Journal, refiner: Refiner) -> dict[str, object]:

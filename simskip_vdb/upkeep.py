@@ -112,6 +112,7 @@ def prune(store: VectorStore, *, state: Path | None = None, final: bool = False)
         before = journal.size
         manifest = journal.manifest
         used = {write.refiner for write in (manifest.current, manifest.pending) if write}
+        used |= {entry["refiner"] for entry in manifest.history}  # rows may come back as they were
         unused = [path for path in sorted(journal.refiners.glob("*")) if path.name not in used]
         for path in unused:
             shutil.rmtree(path)

@@ -18,6 +18,7 @@ from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError, JournalError
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.report import Report, render, render_prune
+from simskip_vdb.rows import Rows as SavedRows
 
 BESIDE = f"{VECTOR}@simskip"
 
@@ -257,6 +258,30 @@ def test_a_filter_narrows_everything_to_one_tenant(engine: Engine, refiner: Path
     with engine.open(filter=tenant) as store:
         assert ss.rollback(store, state=engine.state)["exact"]
     assert_same(engine.rows(), before)
+
+
+def test_originals_of_rows_that_leave_the_filter_are_kept(
+    refiner: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = Client(tmp_path)
+    tenant = {"must": [{"key": "category", "match": {"value": "c3"}}]}
+    before = engine.rows()
+    settings = Settings(refiner=refiner, state=engine.state, accept_unmeasured=True)
+    with engine.open(filter=tenant) as store:
+        ss.refine(store, Judgments(), settings)
+    leaver = next(
+        point
+        for point, load in zip(engine.points, engine.payloads, strict=True)
+        if load["category"] == "c3"
+    )
+    engine.client.set_payload(ALIAS, {"category": "c4"}, [leaver])
+    with engine.open(filter=tenant) as store:
+        ss.rollback(store, state=engine.state)
+    assert "1 rows that were refined do not pass the filter any more" in caplog.text
+    (kept,) = engine.state.glob("unseen-*.arrow")
+    rows = SavedRows(kept)
+    assert rows.ids.tolist() == [str(leaver).encode()]
+    np.testing.assert_allclose(rows.matrix()[0], before[str(leaver)], atol=1e-5)
 
 
 def test_a_marker_without_its_state_is_an_error(engine: Engine, refiner: Path) -> None:

@@ -242,6 +242,18 @@ def test_transient_errors_leave_a_write_to_be_resumed(desk: Desk) -> None:
     desk.assert_holds(desk.expected(0, desk.originals), tolerance(desk))
 
 
+def test_a_row_that_comes_back_from_an_earlier_refinement_is_ours(desk: Desk) -> None:
+    desk.refine(0)
+    stale = desk.store.content()[desk.ids.tolist()[5]]
+    desk.refine(1)
+    desk.store.put(desk.ids[[5]], stale[None])  # read before, written after
+    desk.refine(1)
+    desk.assert_holds(desk.expected(1, desk.originals), tolerance(desk))
+    desk.store.put(desk.ids[[5]], stale[None])
+    assert desk.rollback().exact
+    desk.assert_holds(desk.originals)
+
+
 def test_rows_that_are_not_finite_stay(tmp_path: Path) -> None:
     desk = Desk(tmp_path, text=False, half=False)
     bad = np.full((1, D), np.nan, np.float32)
