@@ -139,7 +139,8 @@ class RowWritable(Protocol):
         Rows are read again and handed to `allowed` right before they are written, a request at a
         time; `allowed` may be called from several threads. Nothing but this vector changes, and a
         row that was removed meanwhile is not added again. Writing the same batch twice does no
-        more than writing it once.
+        more than writing it once. `peek` shows what was written at once; a search, or another
+        reader, may see it only after `settle`.
 
         Args:
             batch: Row ids, each at most once, and their new vectors.
@@ -157,7 +158,12 @@ class RowWritable(Protocol):
         ...
 
     def settle(self, progress: Progress) -> None:
-        """Make every write durable, and wait until the index over the vectors is built again."""
+        """Make every write durable, and wait until the index over the vectors is built again.
+
+        Raises:
+            StoreChangedError: Somebody else changed what was to be written; that was left as it
+                is, and some rows may be written.
+        """
         ...
 
 

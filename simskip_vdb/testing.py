@@ -318,6 +318,7 @@ class RowContract(StoreContract):
         assert isinstance(store, RowWritable)
         for _ in range(2):
             assert store.update(VectorBatch(ids=ids, vectors=refined), _any_row).all()
+        store.settle(silent)
         self._assert_holds(store, ids, refined)
 
     def test_update_spares_what_it_must(
@@ -333,6 +334,7 @@ class RowContract(StoreContract):
 
         written = store.update(VectorBatch(ids=ids, vectors=refined), allowed)
         np.testing.assert_array_equal(written, np.arange(self.count) % 2 == 0)
+        store.settle(silent)
         self._assert_holds(store, ids, np.where(written[:, None], refined, vectors))
         seen_ids, seen = _together(shown)
         order = np.argsort(seen_ids)
@@ -345,6 +347,7 @@ class RowContract(StoreContract):
         gone = self.unknown_id(ids)
         batch = VectorBatch(ids=np.append(ids[:3], gone), vectors=refined[:4])
         assert store.update(batch, _any_row).tolist() == [True, True, True, False]
+        store.settle(silent)
         assert gone not in self.raw_rows(store)[0]
         assert store.info().count == self.count
 
@@ -372,6 +375,7 @@ class RowContract(StoreContract):
         }[wrong]
         with pytest.raises(DataError):
             store.update(VectorBatch(ids=rows[0], vectors=rows[1]), _any_row)
+        store.settle(silent)
         self._assert_untouched(store, before)
 
     def test_an_error_in_allowed_gets_out(
@@ -386,6 +390,7 @@ class RowContract(StoreContract):
         before = self.raw_rows(store)
         with pytest.raises(LookupError, match="unknown"):
             store.update(VectorBatch(ids=ids, vectors=refined), fail)
+        store.settle(silent)
         self._assert_untouched(store, before)
 
     def test_peek_returns_what_is_there(
