@@ -127,9 +127,9 @@ class LiveRows:
 
     def __init__(self, journal: Journal, store: VectorStore) -> None:
         writes = (journal.manifest.pending, journal.manifest.current)
-        rounding = store.info().rounding
+        info = store.info()
         self._writes = [
-            WrittenRows(journal, write, rounding)
+            WrittenRows(journal, write, info.rounding, positional=info.positional)
             for write in writes
             if write is not None and write.refiner and write.mode != NEW_VECTOR
         ]
@@ -138,7 +138,7 @@ class LiveRows:
         if now is not None and self._writes:
             past = {entry["refiner"] for entry in journal.manifest.history} - {now.refiner, ""}
             self._writes += [
-                WrittenRows(journal, replace(now, refiner=name, written=None), rounding)
+                WrittenRows(journal, replace(now, refiner=name, written=None), info.rounding)
                 for name in sorted(past)
                 if (journal.refiners / name).is_dir()
             ]
@@ -158,10 +158,16 @@ class LiveRows:
 
 
 class WrittenRows:
-    """Tells the rows of one write, finished or not, from others."""
+    """Tells the rows of one write, finished or not, from others.
 
-    def __init__(self, journal: Journal, write: Write, rounding: float) -> None:
-        """Take the write, and within what relative distance vectors are read back."""
+    Where ids are positions, rows shift as others are added or removed before them; so a row that
+    is not what was written under its id is looked for by its vector.
+    """
+
+    def __init__(
+        self, journal: Journal, write: Write, rounding: float, *, positional: bool = False
+    ) -> None:
+        """Take the write, within what relative distance vectors are read back, and what ids are."""
         self._rows = journal.open_originals(write)
         self._place = Lookup(self._rows.ids)
         self._refiner = Refiner.load(journal.refiners / write.refiner)
@@ -171,6 +177,9 @@ class WrittenRows:
             ids, digests = journal.open_written(write.written)
             places = self._place.find(ids)
             self._digests[places[places >= 0]] = digests[places >= 0]
+        self._elsewhere: _ByVector | None = None
+        if positional:
+            self._elsewhere = _ByVector(self._rows, *self._left(known=write.written is not None))
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
         """Return each row's original, shape (b, d), and whether it is of this write, (b,)."""
@@ -182,7 +191,28 @@ class WrittenRows:
         mine[known] = row_digests(batch.vectors[known]) == self._digests[places[known]]
         doubtful = known[~mine[known]]
         mine[doubtful] = self._refined(batch, originals, doubtful)
+        if self._elsewhere is not None and not mine.all():
+            others = np.flatnonzero(~mine)
+            places = self._elsewhere.find(row_digests(batch.vectors[others]))
+            originals[others[places >= 0]] = self._rows.take(places[places >= 0])
+            mine[others[places >= 0]] = True
         return originals, mine
+
+    def _left(self, *, known: bool) -> tuple[Digests, Positions]:
+        """Return digests of what the write left, or may have left, and whose each is."""
+        if known:
+            places = np.flatnonzero(self._digests)
+            return self._digests[places], places
+        digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+        for start, block in self._rows.blocks():
+            ids = self._rows.ids[start : start + len(block)]
+            for late in (False, True):
+                refined = self._refiner.refine_rows(block, ids, np.full(len(block), late))
+                found = row_digests(refined)
+                moved = np.flatnonzero(found != row_digests(block))
+                digests.append(found[moved])
+                owners.append(start + moved)
+        return np.concatenate(digests), np.concatenate(owners)
 
     def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
         # Rows that acted as test queries were written as rows that arrive late are.
@@ -226,6 +256,34 @@ class AsRead:
             then = self._rows.take(places[doubtful])
             same[doubtful] = near(originals, then, self._tolerance)
         return same
+
+
+class _ByVector:
+    """Finds the originals of refined vectors, wherever they are now."""
+
+    def __init__(self, rows: Rows, digests: Digests, places: Positions) -> None:
+        """Take digests of refined vectors, shape (m,), and their rows' positions in `rows`."""
+        order = np.argsort(digests, kind="stable")
+        self._digests, self._places = digests[order], places[order]
+        self._lookup = Lookup(self._digests)
+        twice = np.flatnonzero(self._digests[1:] == self._digests[:-1])
+        first, second = (row_digests(rows.take(self._places[twice + i])) for i in (0, 1))
+        self._ambiguous = self._digests[twice[first != second]]
+
+    def find(self, digests: Digests) -> Positions:
+        """Return each row's position among the originals, -1 where it is not ours, shape (b,).
+
+        Raises:
+            JournalError: Rows with different originals have this vector now.
+        """
+        if np.isin(digests, self._ambiguous).any():
+            raise JournalError(
+                "rows were removed or reordered, ids of this index are positions, and some rows "
+                "with equal vectors now had different originals: which is whose cannot be told. "
+                "Restore the index from a backup, or give rows ids of their own"
+            )
+        found = self._lookup.find(digests)
+        return np.asarray(np.where(found >= 0, self._places[found], -1))
 
 
 class OurRows:

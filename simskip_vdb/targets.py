@@ -59,12 +59,15 @@ class InPlace:
 
     def undo(self, write: Write, progress: Progress) -> None:
         """Leave everything as it was before a write that failed or will not be finished."""
-        put_back(self.store, self._journal, rows_before(self._journal, write), progress)
+        info, read = self.store.info(), write.originals
+        # Where ids are positions and rows came or went since, only originals are known by vector.
+        shifted = info.positional and (read is None or read.rows != info.count)
+        before = None if write.kept is None or shifted else Rows(self._journal.path(write.kept))
+        put_back(self.store, self._journal, before, progress)
 
     def rollback(self, write: Write, progress: Progress) -> Restored:
         """Bring the originals back."""
-        originals = self._journal.open_originals(write)
-        return Restored(self.store, *put_back(self.store, self._journal, originals, progress))
+        return Restored(self.store, *put_back(self.store, self._journal, None, progress))
 
 
 class NewVector(InPlace):
@@ -318,14 +321,22 @@ def rows_before(journal: Journal, write: Write) -> Rows:
     return journal.open_originals(write)
 
 
-def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) -> tuple[int, int]:
-    """Write these vectors over every row of ours; return how many were ours, and how many not.
+def put_back(
+    store: RowStore, journal: Journal, rows: Rows | None, progress: Progress
+) -> tuple[int, int]:
+    """Write over every row of ours; return how many were ours, and how many not.
+
+    Args:
+        store: The index.
+        journal: Its state.
+        rows: What is written, by id; None for the originals.
+        progress: Called with rows done and rows in all.
 
     Raises:
         StoreError: Rows still hold refined vectors afterwards.
     """
     ours = LiveRows(journal, store)
-    lookup = Lookup(rows.ids)
+    lookup = None if rows is None else Lookup(rows.ids)
     rounding = store.info().rounding
 
     def due() -> Iterator[tuple[VectorBatch, VectorBatch, int]]:
@@ -333,9 +344,10 @@ def put_back(store: RowStore, journal: Journal, rows: Rows, progress: Progress) 
         for batch in store.scan(SCAN_ROWS):
             originals, mine = ours.originals(batch)
             chosen = np.flatnonzero(mine)
-            places = lookup.find(batch.ids[chosen])
             vectors = originals[chosen]
-            vectors[places >= 0] = rows.take(places[places >= 0])
+            if rows is not None and lookup is not None:
+                places = lookup.find(batch.ids[chosen])
+                vectors[places >= 0] = rows.take(places[places >= 0])
             wrong = ~near(batch.vectors[chosen], vectors, rounding)
             done += len(batch)
             progress("restore", done, total)
