@@ -38,6 +38,8 @@ _BUILT_IN = {
     ),
 }
 
+_FAISS_PARTS = _BuiltIn("simskip_vdb.connectors.faiss_parts", "FaissParts", "faiss")
+
 
 def open_store(
     uri: str,
@@ -51,7 +53,8 @@ def open_store(
     """Open the store at an address.
 
     Args:
-        uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``.
+        uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``, and one with ``*``, ``?`` or
+            ``[…]`` several FAISS files that are one index.
         read_only: Refuse every write through this handle.
         originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
             in the order of its rows, or another store that has the same ids.
@@ -65,7 +68,10 @@ def open_store(
         StoreError: The store could not be opened.
     """
     scheme = _scheme(uri)
-    connector = _built_in(scheme) if scheme in _BUILT_IN else _third_party(scheme)
+    if scheme == "faiss" and _names_parts(uri):
+        connector = _built_in(_FAISS_PARTS)
+    else:
+        connector = _built_in(_BUILT_IN[scheme]) if scheme in _BUILT_IN else _third_party(scheme)
     given = {"filter": filter, "guard_field": guard_field}
     payload = {name: value for name, value in given.items() if value is not None}
     unknown = set(payload) - set(signature(connector.open).parameters)
@@ -101,8 +107,13 @@ def _scheme(uri: str) -> str:
     return match[1]
 
 
-def _built_in(scheme: str) -> _Connector:
-    module, attribute, extra = _BUILT_IN[scheme]
+def _names_parts(uri: str) -> bool:
+    path = Path(uri.removeprefix("faiss:"))
+    return bool(re.search(r"[*?\[]", path.name)) and not path.exists()
+
+
+def _built_in(connector: _BuiltIn) -> _Connector:
+    module, attribute, extra = connector
     try:
         return cast(_Connector, getattr(import_module(module), attribute))
     except ModuleNotFoundError as error:

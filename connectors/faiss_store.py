@@ -20,6 +20,7 @@ from simskip_vdb.connectors.faiss_lists import (
     settle,
     switching,
 )
+from simskip_vdb.connectors.faiss_notes import refuse_part
 from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
@@ -76,13 +77,24 @@ class FaissStore:
 
     @classmethod
     def open(cls, uri: str, *, read_only: bool) -> FaissStore:
-        """Open ``faiss:PATH`` or a plain path."""
-        return cls(uri.removeprefix(_SCHEME), read_only=read_only)
+        """Open ``faiss:PATH`` or a plain path.
+
+        Raises:
+            ConfigError: The file was refined as a part of an index of several.
+        """
+        store = cls(uri.removeprefix(_SCHEME), read_only=read_only)
+        refuse_part(store.path)
+        return store
 
     @property
     def path(self) -> Path:
         """The index file, links resolved."""
         return self._path
+
+    @property
+    def ids(self) -> Ids:
+        """Row ids in scan order, shape (n,), int64."""
+        return self._rows.ids
 
     def sha256(self) -> str:
         """Hash the file's bytes, 64 hex digits."""

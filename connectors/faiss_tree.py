@@ -86,9 +86,8 @@ _REFUSALS = (
     ),
     (
         r"IndexShards|IndexReplicas|IndexSplitVectors",
-        "it is spread over several indexes; merge them into one (index.merge_from), or refine one "
-        "of them and apply its refiner to each of the others: "
-        "simskip refine PART --refiner DIR --accept-unmeasured",
+        "it is spread over several indexes; save each as a file and give them together, as "
+        "'faiss:FOLDER/part*.faiss', or merge them into one (index.merge_from)",
     ),
     (r"Gpu", "it lives on a GPU; save it through faiss.index_gpu_to_cpu"),
     (

@@ -48,9 +48,10 @@ def cli(verbose: bool) -> None:
     whether retrieval got better, and only then writes refined vectors back: same ids, order,
     parameters. One command undoes it. Try `simskip demo`.
 
-    INDEX is a URI: faiss:PATH, or a plain path to a FAISS file; qdrant://HOST:PORT/COLLECTION and
-    qdrant+https://…; qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME
-    where vectors have names.
+    INDEX is a URI: faiss:PATH, or a plain path to a FAISS file ('faiss:FOLDER/part*.faiss' for
+    several that are one index); qdrant://HOST:PORT/COLLECTION and qdrant+https://…;
+    qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME where vectors have
+    names.
     """
     logging.basicConfig(
         stream=sys.stderr,

@@ -25,6 +25,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from glob import glob
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -357,7 +358,7 @@ class Journal:
 def _still_there(uri: str) -> bool:
     """Tell whether an index that was moved could be at its old address; a server always could."""
     place = (uri.partition(":")[2] or uri).partition("?")[0]
-    return place.startswith("//") or Path(place).exists()
+    return place.startswith("//") or Path(place).exists() or bool(glob(place))
 
 
 def _manifest_from(data: Mapping[str, Any]) -> Manifest:

@@ -1,0 +1,91 @@
+"""Notes beside a FAISS file: that it is a part of an index which was refined as a whole.
+
+A part that were opened by itself after that would be taken for raw, and refined twice; so would
+parts of which one was refined by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simskip_vdb.durable import disk_errors, make_durable, write_durably
+from simskip_vdb.errors import ConfigError, StoreError
+
+
+def read_note(path: Path) -> Mapping[str, Any] | None:
+    """Return the note beside a part; None where there is none.
+
+    Raises:
+        StoreError: It cannot be read.
+    """
+    file = _file(path)
+    if not file.is_file():
+        return None
+    try:
+        with disk_errors(file):
+            note: Mapping[str, Any] = json.loads(file.read_bytes())
+        return {**note, "index": str(note["index"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{file} cannot be read ({error}); restore it from a backup") from error
+
+
+def write_note(path: Path, note: Mapping[str, Any] | None) -> None:
+    """Leave a note beside a part, durably; None takes it away."""
+    file = _file(path)
+    if note is not None:
+        write_durably(file, json.dumps(note).encode())
+        return
+    with disk_errors(file):
+        file.unlink(missing_ok=True)
+        make_durable(file.parent)
+
+
+def refuse_part(path: Path) -> None:
+    """Refuse a file that is a part of an index which was refined as a whole.
+
+    Raises:
+        ConfigError: It is.
+    """
+    note = read_note(path)
+    if note is not None:
+        index = note["index"]
+        raise ConfigError(
+            f"{path} was refined as a part of {index}; give that instead, or undo it first: "
+            f"simskip rollback {shlex.quote(index)}. Only if another file took its place, remove "
+            f"{_file(path)}"
+        )
+
+
+def refuse_refined(path: Path, state: Path) -> None:
+    """Refuse a part that was refined by itself.
+
+    Args:
+        path: The part.
+        state: Where its own state usually is.
+
+    Raises:
+        ConfigError: It was.
+        StoreError: Its state cannot be read.
+    """
+    manifest = state / "manifest.json"
+    refined = (state / "state-is-elsewhere").is_file()
+    if manifest.is_file():
+        try:
+            with disk_errors(manifest):
+                held = json.loads(manifest.read_bytes())
+            refined |= any(held[name] is not None for name in ("current", "pending"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{manifest} cannot be read ({error})") from error
+    if refined:
+        raise ConfigError(
+            f"{path} was refined by itself, so it is no raw part of another index; undo that "
+            f"first: simskip rollback {shlex.quote(str(path))}"
+        )
+
+
+def _file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.simskip-part")
