@@ -5,48 +5,31 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
-from builders import change, flat, ivf, random_refiner
-from faiss_files import put_lists_on_disk
+from builders import change, ivf, random_refiner
+from faiss_parts import EDGES, D, Desk, N, close, pattern, rows_of
 from judged import ROWS, Case, make_case
 from live import Killed
 
 import simskip_vdb as ss
 from simskip_vdb.config import FitSettings
 from simskip_vdb.connectors import open_store
-from simskip_vdb.connectors.faiss_parts import FaissParts
 from simskip_vdb.connectors.faiss_store import FaissStore
-from simskip_vdb.datatypes import Ids, Split, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import Split
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import (
     ConfigError,
-    DataError,
-    JournalError,
     StoreChangedError,
     StoreError,
-    StoreNotFoundError,
-    UnsupportedIndexError,
 )
+from simskip_vdb.measuring import ThroughIndex
 from simskip_vdb.report import Report
-
-N, D = 90, 8
-EDGES = (0, 20, 55, N)
-
-
-def rows_of(index: Path | str) -> dict[int, bytes]:
-    """Return every row of an index by id, to the bit."""
-    return {
-        int(i): row.tobytes()
-        for batch in open_store(str(index), read_only=True).scan(50)
-        for i, row in zip(batch.ids, batch.vectors, strict=True)
-    }
-
+from simskip_vdb.store import VectorStore
 
 # The whole job, judged.
 
@@ -60,10 +43,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         path = case.folder / f"part{part}.faiss"
         ivf(path, batch.ids[part::3], np.ascontiguousarray(batch.vectors[part::3]))
     return case
-
-
-def pattern(folder: Path) -> str:
-    return f"faiss:{folder}/part*.faiss"
 
 
 def refine_judged(case: Case, seed: int = 0) -> Report:
@@ -127,42 +106,6 @@ def test_a_gain_is_found_proven_written_and_undone(
 # By hand: three parts, refined by two refiners.
 
 
-class Desk:
-    """Three parts, worked on by hand."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        rng = np.random.default_rng(3)
-        self.folder, self.kind = folder, kind
-        self.uri = pattern(folder)
-        self.vectors: Vectors = rng.normal(size=(N, D)).astype(np.float32)
-        ids = np.sort(rng.choice(10_000, N, replace=False))
-        self.ids: Ids = ids if kind == "ivf" else np.arange(N)
-        self.paths = [folder / f"part{part}.faiss" for part in range(3)]
-        for path, (start, stop) in zip(self.paths, pairwise(EDGES), strict=True):
-            if kind == "ivf":
-                ivf(path, self.ids[start:stop], self.vectors[start:stop])
-            else:
-                flat(path, self.vectors[start:stop])
-        self.originals = self.rows()
-        for seed in range(2):
-            random_refiner(D, self.ids, seed).save(folder / f"refiner{seed}")
-
-    def rows(self) -> dict[int, bytes]:
-        return rows_of(self.uri)
-
-    def refine(self, which: int = 0) -> Report:
-        settings = ss.Settings(refiner=self.folder / f"refiner{which}", accept_unmeasured=True)
-        return ss.refine(open_store(self.uri), ss.Judgments(), settings)
-
-    def rollback(self) -> dict[str, Any]:
-        return ss.rollback(open_store(self.uri))
-
-    def expected(self, which: int = 0) -> dict[int, bytes]:
-        refiner = ss.Refiner.load(self.folder / f"refiner{which}")
-        refined = refiner.refine_rows(self.vectors, self.ids)
-        return {int(i): row.tobytes() for i, row in zip(self.ids, refined, strict=True)}
-
-
 @pytest.fixture(params=["ivf", "flat"])
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
     return Desk(tmp_path, request.param)
@@ -181,14 +124,6 @@ def dying(at: int, error: BaseException) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FaissStore, "replace_keeping", replace_keeping)
         yield
-
-
-def close(rows: dict[int, bytes], expected: dict[int, bytes]) -> bool:
-    """Tell whether rows are equal but for what the size of a block does to the last digits."""
-    return rows.keys() == expected.keys() and all(
-        np.allclose(np.frombuffer(row, "f4"), np.frombuffer(expected[i], "f4"), atol=1e-6)
-        for i, row in rows.items()
-    )
 
 
 def test_a_second_refinement_starts_from_originals(desk: Desk) -> None:
@@ -227,6 +162,20 @@ def test_a_kill_between_parts_is_rolled_back(desk: Desk, at: int) -> None:
     assert desk.rows() == desk.originals
     with pytest.raises(ConfigError, match="nothing to roll back"):
         desk.rollback()
+
+
+def test_a_written_index_that_is_refused_is_restored(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: ThroughIndex, candidate: VectorStore) -> None:
+        assert close(desk.rows(), desk.expected(0))
+        raise LookupError("refused")
+
+    monkeypatch.setattr(ThroughIndex, "accept", refuse)
+    with pytest.raises(LookupError):
+        desk.refine(0)
+    assert desk.rows() == desk.originals
+    assert open_store(str(desk.paths[0])).info().count == EDGES[1]
 
 
 @pytest.mark.parametrize("before", [0, 1])
@@ -292,130 +241,3 @@ def test_rows_that_shift_after_a_kill_are_known_too(tmp_path: Path) -> None:
     desk.refine(1)  # another one than was interrupted
     desk.rollback()
     assert list(desk.rows().values()) == [row.tobytes() for row in desk.vectors[1:]]
-
-
-# The store.
-
-
-def test_ids_that_count_each_part_from_zero_go_on(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "flat")
-    store = FaissParts(tmp_path / "part*.faiss")
-    assert store.info().positional
-    np.testing.assert_array_equal(store.fetch(np.array([60, 3, 20])), desk.vectors[[60, 3, 20]])
-    shards = faiss.IndexShards(D, False, True)
-    parts = [faiss.read_index(str(path)) for path in desk.paths]
-    for part in parts:
-        shards.add_shard(part)
-    found = store.search(desk.vectors[:30], 7, {})
-    scores, ids = shards.search(desk.vectors[:30], 7)
-    np.testing.assert_array_equal(found.ids, ids)
-    np.testing.assert_allclose(found.scores, scores, rtol=1e-6)
-
-
-def test_lists_in_files_of_their_own(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "ivf")
-    for part, path in enumerate(desk.paths[:2]):
-        put_lists_on_disk(faiss.read_index(str(path)), path, f"lists{part}")
-    lists = [sha256_of(tmp_path / f"lists{part}") for part in range(2)]
-    desk.refine()
-    assert close(desk.rows(), desk.expected())
-    assert desk.rollback()["exact"]
-    assert desk.rows() == desk.originals
-    assert [sha256_of(tmp_path / f"lists{part}") for part in range(2)] == lists
-
-
-def test_what_it_says_of_itself(tmp_path: Path) -> None:
-    Desk(tmp_path, "ivf")
-    info = open_store(str(tmp_path / "part*.faiss")).info()
-    assert info.kind == "3 parts of IVF4 Flat, custom ids"
-    assert info.uri == f"faiss:{tmp_path}/part*.faiss"
-    assert info.state == tmp_path / "part_.faiss.simskip"
-    assert info.details["nlist"] == 4
-    flat(tmp_path / "part3.faiss", np.empty((0, D), np.float32))
-    info = open_store(str(tmp_path / "part*.faiss")).info()
-    assert info.kind == "4 parts of IVF4 Flat, custom ids, Flat"
-    assert "nlist" not in info.details
-    assert open_store(str(tmp_path / "part[01].faiss")).info().count == EDGES[2]
-
-
-def test_ids_that_come_twice_are_refused(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "ivf")
-    ivf(tmp_path / "part9.faiss", desk.ids[4:8], desk.vectors[:4], nlist=1)
-    with pytest.raises(DataError, match=rf"4 ids \(such as {desk.ids[4]}\)"):
-        open_store(desk.uri)
-
-
-def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
-    desk = Desk(tmp_path, "flat")
-    faiss.write_index(faiss.IndexFlatL2(D), str(tmp_path / "part9.faiss"))
-    with pytest.raises(DataError, match=r"part9\.faiss has 8 and euclid"):
-        open_store(desk.uri)
-    flat(tmp_path / "part9.faiss", np.zeros((1, D + 1), np.float32))
-    with pytest.raises(DataError, match=r"part9\.faiss has 9 and dot"):
-        open_store(desk.uri)
-    (tmp_path / "part9.faiss").unlink()
-    (tmp_path / "part9.faiss").symlink_to("part0.faiss")
-    with pytest.raises(DataError, match="same file"):
-        open_store(desk.uri)
-
-
-@pytest.mark.parametrize(("factory", "way_out"), [("PQ2x4", "--originals"), ("SQ8", "--refiner")])
-def test_rows_that_are_not_read_exactly_are_refused(
-    tmp_path: Path, factory: str, way_out: str
-) -> None:
-    desk = Desk(tmp_path, "flat")
-    index = faiss.index_factory(D, factory, faiss.METRIC_INNER_PRODUCT)
-    index.train(np.random.default_rng(0).normal(size=(1000, D)).astype("f4"))
-    faiss.write_index(index, str(tmp_path / "part9.faiss"))
-    with pytest.raises(UnsupportedIndexError, match=way_out):
-        open_store(desk.uri)
-
-
-def test_names_that_lead_nowhere_and_names_with_brackets(tmp_path: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="no such file"):
-        open_store(str(tmp_path / "part*.faiss"))
-    path = flat(tmp_path / "odd[1].faiss", np.eye(D, dtype="f4"))
-    assert isinstance(open_store(str(path)), FaissStore)
-    folder = tmp_path / "odd[2]"
-    folder.mkdir()
-    flat(folder / "part0.faiss", np.eye(D, dtype="f4"))
-    assert open_store(f"{folder}/part*.faiss").info().kind == "1 part of Flat"
-
-
-def test_read_only_refuses_to_write(desk: Desk) -> None:
-    store = FaissParts.open(desk.uri, read_only=True)
-    batch = VectorBatch(ids=desk.ids[:1], vectors=desk.vectors[:1])
-    for write in (
-        lambda: store.update(batch, lambda now: np.ones(1, np.bool_)),
-        lambda: store.settle(silent),
-        lambda: store.mark(None),
-    ):
-        with pytest.raises(ConfigError, match="reading only"):
-            write()
-
-
-def test_a_part_is_not_refined_twice(desk: Desk) -> None:
-    desk.refine()
-    with pytest.raises(ConfigError, match=r"as a part of faiss:.*part\*\.faiss"):
-        open_store(str(desk.paths[1]))
-    settings = ss.Settings(refiner=desk.folder / "refiner1", accept_unmeasured=True)
-    with pytest.raises(JournalError, match="marked as refined"):
-        ss.refine(open_store(f"{desk.folder}/part?.fai*"), ss.Judgments(), settings)
-    desk.rollback()
-    assert open_store(str(desk.paths[1])).info().count == EDGES[2] - EDGES[1]
-    ss.refine(open_store(str(desk.paths[1])), ss.Judgments(), settings)
-    with pytest.raises(ConfigError, match=r"part1\.faiss was refined by itself"):
-        open_store(desk.uri)
-    ss.rollback(open_store(str(desk.paths[1])))
-    assert desk.rows() == desk.originals
-
-
-def test_a_state_elsewhere_is_that_of_the_parts(desk: Desk, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    settings = ss.Settings(refiner=desk.folder / "refiner0", accept_unmeasured=True, state=state)
-    ss.refine(open_store(desk.uri), ss.Judgments(), settings)
-    other = flat(tmp_path / "other.faiss", desk.vectors)
-    with pytest.raises(JournalError, match="is the state of"):
-        ss.refine(open_store(str(other)), ss.Judgments(), settings)
-    assert desk.rollback()["exact"]
-    assert desk.rows() == desk.originals
