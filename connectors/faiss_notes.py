@@ -1,7 +1,7 @@
 """Notes beside a FAISS file: that it is a part of an index which was refined as a whole.
 
-A part that were opened by itself after that would be taken for raw, and refined twice; so would
-parts of which one was refined by itself.
+Opened by itself after that, it would be taken for raw and refined twice; and so would a part that
+was refined by itself before the others were.
 """
 
 from __future__ import annotations
