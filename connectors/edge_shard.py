@@ -29,7 +29,7 @@ _DATATYPES = {
     "float16": edge.VectorStorageDatatype.Float16,
 }
 
-_COMPARATORS = {"max_sim": edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)}
+_MAX_SIM = edge.MultiVectorConfig(edge.MultiVectorComparator.MaxSim)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,9 +149,7 @@ def settings_of(config: Mapping[str, Any], vector: str, uri: str) -> VectorSetti
         rounding=rounding,
         hnsw={name: graph[name] for name in _HNSW},
         quantization=next(iter(codes), None),
-        multi=_COMPARATORS[found["multivector_config"]["comparator"]]
-        if found.get("multivector_config")
-        else None,
+        multi=_MAX_SIM if found.get("multivector_config") else None,  # there is no other yet
     )
 
 

@@ -34,6 +34,7 @@ MOST = 256
 _MARK = b"#"
 _DIGITS = 7  # Qdrant holds at most 2²⁰ numbers under one name
 _NUMBERS = 2**20  # of all vectors in a request; a client holds each as an object of its own
+_SCORES = 2**22  # pairs of queries and rows at a time
 Point = int | str
 
 
@@ -170,37 +171,25 @@ class MultiRows:
             queries: Shape (q, d).
             found: Points' ids, shape (q, k).
         """
-        hits = found.ids.ravel()
-        best = Neighbors(
-            ids=np.zeros(found.ids.shape, ID_TEXT), scores=np.full(found.scores.shape, -np.inf)
-        )
-        for requested in self._requests(hits):
+        ids = np.zeros(found.ids.shape, ID_TEXT)
+        scores = np.full(found.scores.shape, -np.inf)
+        for requested in self._requests(found.ids.ravel()):
             held = self._read(self._points, list(requested))
-            if held:
-                hit = np.zeros((len(queries), len(held)), np.bool_)
-                for at, point in enumerate(held):
-                    hit[requested[point.id] // found.ids.shape[1], at] = True
-                best = self._better(best, queries, held, hit)
-        return Neighbors(ids=best.ids, scores=best.scores.astype(np.float32))
-
-    def _better(
-        self, best: Neighbors, queries: Vectors, held: Sequence[Held], hit: Mask
-    ) -> Neighbors:
-        """Merge the rows of points, hit by queries or not, shape (q, points), into the best."""
-        rows = self._batch([(point, 0, len(point.vectors)) for point in held], ())
-        asked = hit.any(axis=1)
-        scores = np.full((len(queries), len(rows)), -np.inf)
-        scores[asked] = _scores(queries[asked], rows.vectors, self._metric)
-        scores[~np.repeat(hit, [len(point.vectors) for point in held], axis=1)] = -np.inf
-        k = best.ids.shape[1]
-        scores = np.concatenate([best.scores, scores], axis=1)  # (q, k + rows)
-        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
-        top = np.take_along_axis(top, order, axis=1)
-        old = np.take_along_axis(best.ids, top.clip(max=k - 1), axis=1)
-        top_scores = np.take_along_axis(scores, top, axis=1)
-        ids = np.where(top < k, old, rows.ids[(top - k).clip(min=0)])
-        return Neighbors(ids=np.where(np.isneginf(top_scores), b"", ids), scores=top_scores)
+            if not held:
+                continue
+            hit = np.zeros((len(queries), len(held)), np.bool_)
+            for at, point in enumerate(held):
+                hit[requested[point.id] // found.ids.shape[1], at] = True
+            rows = self._batch([(point, 0, len(point.vectors)) for point in held], ())
+            sizes = [len(point.vectors) for point in held]
+            asked = np.flatnonzero(hit.any(axis=1))
+            step = max(1, _SCORES // len(rows))
+            for start in range(0, len(asked), step):
+                some = asked[start : start + step]
+                new = _scores(queries[some], rows.vectors, self._metric)
+                new[~np.repeat(hit[some], sizes, axis=1)] = -np.inf
+                ids[some], scores[some] = _better(ids[some], scores[some], rows.ids, new)
+        return Neighbors(ids=ids, scores=scores.astype(np.float32))
 
     def _scan(
         self, batch_size: int, fields: Sequence[str], start: Point | None, done: int
@@ -307,6 +296,21 @@ def _split(ids: Ids) -> tuple[Ids, Positions]:
         points.append(point if known else b"")
         places.append(int(place) if known else 0)
     return np.array(points, ID_TEXT), np.array(places, np.int64)
+
+
+def _better(
+    ids: Ids, scores: NDArray[np.float64], new_ids: Ids, new: NDArray[np.float64]
+) -> tuple[Ids, NDArray[np.float64]]:
+    """Return the best k of k rows, shape (q, k), and of new ones with scores of shape (q, m)."""
+    k = ids.shape[1]
+    both = np.concatenate([scores, new], axis=1)  # (q, k + m)
+    top = np.argpartition(-both, k - 1, axis=1)[:, :k]
+    order = np.argsort(-np.take_along_axis(both, top, axis=1), axis=1, kind="stable")
+    top = np.take_along_axis(top, order, axis=1)
+    best = np.take_along_axis(both, top, axis=1)
+    old = np.take_along_axis(ids, top.clip(max=k - 1), axis=1)
+    found = np.where(top < k, old, new_ids[(top - k).clip(min=0)])
+    return np.where(np.isneginf(best), b"", found), best
 
 
 def _scores(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[np.float64]:
