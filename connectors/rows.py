@@ -44,8 +44,10 @@ class RowOrder:
         wanted = np.asarray(ids)
         if len(wanted) == 0:
             return np.empty(0, np.int64)
-        if (wanted.dtype.kind == "S") != (self.ids.dtype.kind == "S"):
-            raise DataError(f"{self._store}: ids are {self.ids.dtype}, not {wanted.dtype}")
+        text = self.ids.dtype.kind == "S"
+        if wanted.dtype.kind not in ("S" if text else "iu"):
+            kind = "text" if text else "integers"
+            raise DataError(f"{self._store}: ids are {kind}, not {wanted.dtype}")
         first = np.searchsorted(self.ids, wanted, side="left", sorter=self._by_id)
         last = np.searchsorted(self.ids, wanted, side="right", sorter=self._by_id)
         self._refuse(wanted[last == first], "is not in the store")

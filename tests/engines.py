@@ -2,8 +2,6 @@
 
 # ruff: noqa: ANN401 ids are numbers or UUIDs, and engines take options of their own
 
-# ruff: noqa: ANN401 ids are numbers or UUIDs, and engines take options of their own
-
 from __future__ import annotations
 
 import hashlib
