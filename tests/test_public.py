@@ -7,7 +7,7 @@ import pytest
 
 import simskip_vdb as ss
 
-HEAVY = ("torch", "faiss", "qdrant_client", "scipy", "pyarrow", "ir_measures", "sklearn")
+HEAVY = ("torch", "faiss", "qdrant_client", "qdrant_edge", "scipy", "pyarrow", "ir_measures", "sklearn")
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -17,7 +17,8 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_all_is_the_public_surface() -> None:
     assert set(ss.__all__) == {
         "FitSettings", "JudgmentFiles", "Judgments", "Refiner", "Settings", "__version__",
-        "evaluate", "fit", "open_store", "read_judgments", "refine", "rollback", "status",
+        "evaluate", "fit", "open_store", "read_judgments", "refine", "prune",
+    "rollback", "status",
     }  # fmt: skip
     assert all(getattr(ss, name) is not None for name in ss.__all__)
     with pytest.raises(AttributeError):
