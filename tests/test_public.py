@@ -7,7 +7,16 @@ import pytest
 
 import simskip_vdb as ss
 
-HEAVY = ("torch", "faiss", "qdrant_client", "qdrant_edge", "scipy", "pyarrow", "ir_measures", "sklearn")
+HEAVY = (
+    "torch",
+    "faiss",
+    "qdrant_client",
+    "qdrant_edge",
+    "scipy",
+    "pyarrow",
+    "ir_measures",
+    "sklearn",
+)
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
