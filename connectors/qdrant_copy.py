@@ -10,7 +10,7 @@ from qdrant_client import models
 
 from simskip_vdb.connectors.qdrant_calls import Calls
 from simskip_vdb.connectors.qdrant_layout import Layout, vectors_of
-from simskip_vdb.connectors.qdrant_points import BESIDE, F16_ROUNDING, F32_ROUNDING
+from simskip_vdb.connectors.qdrant_points import F16_ROUNDING, F32_ROUNDING
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import (
     ConfigError,
@@ -18,6 +18,7 @@ from simskip_vdb.errors import (
     UnsupportedIndexError,
     VerificationError,
 )
+from simskip_vdb.store import BESIDE
 
 _KEY = "simskip-copy-of"
 _BYTES = 16_000_000
@@ -196,23 +197,14 @@ def _bring_over(
     progress: Progress,
 ) -> None:
     """Copy points that the copy lacks or has otherwise, and remove those that are gone."""
-    done, total = 0, calls("count", collection_name=source).count
-    for records in _pages(calls, source, size):
-        held = _held(calls, target, records)
+    for records in _unequal(calls, (source, target), size, others, "copy", progress):
         points = [
             models.PointStruct(id=r.id, payload=r.payload or {}, vector=_input(r.vector))
             for r in records
-            if r.id not in held or not _same(r, held[r.id], others)
         ]
-        if points:
-            calls("upsert", collection_name=target, points=points)
-        done += len(records)
-        progress("copy", done, total)
-    for records in _pages(calls, target, size, contents=False):
-        held = _held(calls, source, records, contents=False)
-        gone = [record.id for record in records if record.id not in held]
-        if gone:
-            calls("delete", collection_name=target, points_selector=gone)
+        calls("upsert", collection_name=target, points=points)
+    for gone in _surplus(calls, source, target, size):
+        calls("delete", collection_name=target, points_selector=gone)
 
 
 def _difference(
@@ -224,20 +216,40 @@ def _difference(
     progress: Progress,
 ) -> object:
     """Return the id of a point that differs; None where none does."""
+    for records in _unequal(calls, (source, target), size, others, "compare", progress):
+        return records[0].id
+    for gone in _surplus(calls, source, target, size):
+        return gone[0]
+    return None
+
+
+def _unequal(
+    calls: Calls,
+    names: tuple[str, str],
+    size: int,
+    others: Mapping[str, float],
+    stage: str,
+    progress: Progress,
+) -> Iterator[list[models.Record]]:
+    """Yield points, page by page, that the copy lacks or has otherwise; no page is empty."""
+    source, target = names
     done, total = 0, calls("count", collection_name=source).count
     for records in _pages(calls, source, size):
         held = _held(calls, target, records)
-        for record in records:
-            if record.id not in held or not _same(record, held[record.id], others):
-                return record.id
+        found = [r for r in records if r.id not in held or not _same(r, held[r.id], others)]
+        if found:
+            yield found
         done += len(records)
-        progress("compare", done, total)
+        progress(stage, done, total)
+
+
+def _surplus(calls: Calls, source: str, target: str, size: int) -> Iterator[list[Any]]:
+    """Yield ids, page by page, that only the copy has; no page is empty."""
     for records in _pages(calls, target, size, contents=False):
         held = _held(calls, source, records, contents=False)
-        for record in records:
-            if record.id not in held:
-                return record.id
-    return None
+        gone = [record.id for record in records if record.id not in held]
+        if gone:
+            yield gone
 
 
 def _held(
