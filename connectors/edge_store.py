@@ -12,11 +12,11 @@ import qdrant_edge as edge
 
 from simskip_vdb.connectors.edge_filters import to_filter
 from simskip_vdb.connectors.edge_multi import EdgePoints
-from simskip_vdb.connectors.edge_notes import read_notes, write_note
 from simskip_vdb.connectors.edge_records import search_params
 from simskip_vdb.connectors.edge_rows import PAGE, EdgeRows
 from simskip_vdb.connectors.edge_shard import engine_call, load_shard, read_config, settings_of
 from simskip_vdb.connectors.multi_rows import KIND, MultiRows
+from simskip_vdb.connectors.notes import read_note, write_note
 from simskip_vdb.connectors.qdrant_points import (
     about,
     choose_vector,
@@ -28,7 +28,13 @@ from simskip_vdb.connectors.qdrant_points import (
     to_ids,
     to_points,
 )
-from simskip_vdb.connectors.rows import checked_queries, checked_rows
+from simskip_vdb.connectors.rows import (
+    check_batch_size,
+    checked_queries,
+    checked_rows,
+    fetched,
+    no_partitions,
+)
 from simskip_vdb.datatypes import (
     ID_TEXT,
     Cursor,
@@ -40,9 +46,8 @@ from simskip_vdb.datatypes import (
     StoreInfo,
     VectorBatch,
     Vectors,
-    id_names,
 )
-from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.errors import ConfigError
 from simskip_vdb.store import Allowed
 
 _SCHEME = "qdrant-edge"
@@ -170,10 +175,8 @@ class EdgeStore:
             cursor: The last id of a batch.
             partition: None.
         """
-        if batch_size < 1:
-            raise ConfigError(f"{self._uri}: a batch holds at least one row, not {batch_size}")
-        if partition is not None:
-            raise ConfigError(f"{self._uri}: the store has no partitions")
+        check_batch_size(self._uri, batch_size)
+        no_partitions(self._uri, partition)
         for field in fields:
             self._rows.refuse_unknown(field)
         if self._multi:
@@ -182,16 +185,7 @@ class EdgeStore:
 
     def fetch(self, ids: Ids) -> Vectors:
         """Return the vectors of these ids; see `VectorStore.fetch`."""
-        unique, back = np.unique(ids, return_inverse=True)
-        found = self.peek(unique)
-        if len(found) < len(unique):
-            missing = unique[~np.isin(unique, found.ids)]
-            raise DataError(
-                f"{self._uri}: no row with id {id_names(missing)[0]} has this vector; "
-                f"{len(missing)} of {len(unique)} ids are missing"
-            )
-        vectors: Vectors = found.vectors[back]
-        return vectors
+        return fetched(self._uri, self.peek, ids)
 
     def peek(self, ids: Ids) -> VectorBatch:
         """Return those of these rows that are there; see `RowWritable.peek`."""
@@ -272,13 +266,16 @@ class EdgeStore:
 
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined this vector; see `Marked.marker`."""
-        return own_note(read_notes(self._marker), self._vector, self._filter_text, self._uri)
+        notes = read_note(self._marker) or {}
+        return own_note(notes, self._vector, self._filter_text, self._uri)
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note beside the shard, one for each vector; see `Marked.mark`."""
         self._writable()
         whole = about(note, self._vector, self._filter_text)
-        write_note(self._marker, self._label, whole)
+        notes = {**(read_note(self._marker) or {}), self._label: whole}
+        kept = {label: each for label, each in notes.items() if each is not None}
+        write_note(self._marker, kept or None)
 
     def vector_beside(self, name: str, *, create: bool) -> EdgeStore:
         """Return the same rows with the vectors of that name; see `AddsVectors.vector_beside`.

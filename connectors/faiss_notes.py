@@ -8,40 +8,24 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simskip_vdb.durable import disk_errors, make_durable, write_durably
+from simskip_vdb.connectors.notes import read_note
+from simskip_vdb.durable import disk_errors
 from simskip_vdb.errors import ConfigError, StoreError
 
 
-def read_note(path: Path) -> Mapping[str, Any] | None:
-    """Return the note beside a part; None where there is none.
+def part_note(path: Path) -> dict[str, Any] | None:
+    """Return the note on a part; None where there is none.
 
     Raises:
         StoreError: It cannot be read.
     """
-    file = _file(path)
-    if not file.is_file():
-        return None
-    try:
-        with disk_errors(file):
-            note: Mapping[str, Any] = json.loads(file.read_bytes())
-        return {**note, "index": str(note["index"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{file} cannot be read ({error}); restore it from a backup") from error
-
-
-def write_note(path: Path, note: Mapping[str, Any] | None) -> None:
-    """Leave a note beside a part, durably; None takes it away."""
-    file = _file(path)
-    if note is not None:
-        write_durably(file, json.dumps(note).encode())
-        return
-    with disk_errors(file):
-        file.unlink(missing_ok=True)
-        make_durable(file.parent)
+    note = read_note(note_file(path))
+    if note is not None and not isinstance(note.get("index"), str):
+        raise StoreError(f"{note_file(path)} names no index; restore it from a backup")
+    return note
 
 
 def refuse_part(path: Path) -> None:
@@ -50,13 +34,13 @@ def refuse_part(path: Path) -> None:
     Raises:
         ConfigError: It is.
     """
-    note = read_note(path)
+    note = part_note(path)
     if note is not None:
         index = note["index"]
         raise ConfigError(
             f"{path} was refined as a part of {index}; give that instead, or undo it first: "
             f"simskip rollback {shlex.quote(index)}. Only if another file took its place, remove "
-            f"{_file(path)}"
+            f"{note_file(path)}"
         )
 
 
@@ -87,5 +71,6 @@ def refuse_refined(path: Path, state: Path) -> None:
         )
 
 
-def _file(path: Path) -> Path:
+def note_file(path: Path) -> Path:
+    """Return where the note on a part is."""
     return path.with_name(f".{path.name}.simskip-part")

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.connectors.faiss_notes import read_note, refuse_refined, write_note
+from simskip_vdb.connectors.faiss_notes import note_file, part_note, refuse_refined
 from simskip_vdb.connectors.faiss_store import FaissStore
+from simskip_vdb.connectors.notes import write_note
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows, only_vectors
 from simskip_vdb.datatypes import (
     Cursor,
@@ -187,14 +188,16 @@ class FaissParts:
 
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined the parts; see `Marked.marker`."""
-        notes = (read_note(part.store.path) for part in self._parts)
+        notes = (part_note(part.store.path) for part in self._parts)
         return next((note for note in notes if note is not None), None)
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note beside each part; see `Marked.mark`."""
         self._writable()
         for part in self._parts:
-            write_note(part.store.path, None if note is None else {**note, "index": self._uri})
+            write_note(
+                note_file(part.store.path), None if note is None else {**note, "index": self._uri}
+            )
 
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""

@@ -15,9 +15,8 @@ import numpy as np
 
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric
 from simskip_vdb.errors import ConfigError, UnsupportedIndexError
+from simskip_vdb.store import BESIDE
 
-BESIDE = "@simskip"
-"""How the name of a vector ends that was put beside another."""
 F32_ROUNDING, F16_ROUNDING = 1e-5, 2e-3
 """Relative L2 distance within which a vector is read back."""
 

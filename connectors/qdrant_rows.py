@@ -30,10 +30,15 @@ from simskip_vdb.connectors.qdrant_open import (
 )
 from simskip_vdb.connectors.qdrant_points import filter_text, label_of
 from simskip_vdb.connectors.qdrant_read import Reader
-from simskip_vdb.connectors.qdrant_records import find_ids
 from simskip_vdb.connectors.qdrant_search import parse_params, to_neighbors
 from simskip_vdb.connectors.qdrant_update import Writer
-from simskip_vdb.connectors.rows import checked_queries, checked_rows
+from simskip_vdb.connectors.rows import (
+    check_batch_size,
+    checked_queries,
+    checked_rows,
+    fetched,
+    no_partitions,
+)
 from simskip_vdb.datatypes import (
     Cursor,
     Ids,
@@ -43,11 +48,9 @@ from simskip_vdb.datatypes import (
     StoreInfo,
     VectorBatch,
     Vectors,
-    id_names,
 )
 from simskip_vdb.errors import (
     ConfigError,
-    DataError,
     StoreError,
     StoreNotFoundError,
     TransientStoreError,
@@ -164,10 +167,8 @@ class QdrantRows:
 
         Fields may be dotted paths into the payload; a row that lacks one has None.
         """
-        if batch_size < 1:
-            raise ConfigError(f"{self._uri}: a batch holds at least one row, not {batch_size}")
-        if partition is not None:
-            raise ConfigError(f"{self._uri}: the store has no partitions")
+        check_batch_size(self._uri, batch_size)
+        no_partitions(self._uri, partition)
         if fields:
             self._reader.check_fields(fields, frozenset(self._describe().payload_schema))
         if self._multi:
@@ -176,12 +177,7 @@ class QdrantRows:
 
     def fetch(self, ids: Ids) -> Vectors:
         """Return the vectors of these ids; see `VectorStore.fetch`."""
-        now = self.peek(np.unique(ids))
-        place = find_ids(now.ids, np.asarray(ids))
-        if (place < 0).any():
-            name = id_names(np.asarray(ids)[place < 0])[0]
-            raise DataError(f"{self._uri}: id {name} is not in the store")
-        return now.vectors[place]
+        return fetched(self._uri, self.peek, ids)
 
     def search(self, queries: Vectors, k: int, params: Mapping[str, Any]) -> Neighbors:
         """Search through the index; see `VectorStore.search`.

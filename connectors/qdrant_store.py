@@ -8,6 +8,7 @@ from typing import Any
 
 from qdrant_client import models
 
+from simskip_vdb.connectors.notes import read_note, write_note
 from simskip_vdb.connectors.qdrant_copy import (
     compare,
     copy_collection,
@@ -17,9 +18,7 @@ from simskip_vdb.connectors.qdrant_copy import (
 )
 from simskip_vdb.connectors.qdrant_layout import need_version, vectors_of
 from simskip_vdb.connectors.qdrant_marker import (
-    read_file,
     read_metadata,
-    write_file,
     write_metadata,
 )
 from simskip_vdb.connectors.qdrant_open import open_address, state_of
@@ -71,7 +70,7 @@ class QdrantStore(QdrantRows):
         if self._version >= _METADATA:
             notes = read_metadata(self._calls, self._collection)
             return own_note(notes, self._layout.name, self._filter_text, self._uri)
-        return read_file(self._state())
+        return read_note(self._marker)
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note; see `Marked.mark`.
@@ -84,7 +83,7 @@ class QdrantStore(QdrantRows):
             whole = about(note, self._layout.name, self._filter_text)
             write_metadata(self._calls, self._collection, self._label, whole)
         else:
-            write_file(self._state(), note)
+            write_note(self._marker, note)
 
     @property
     def vector_name(self) -> str:
@@ -180,10 +179,11 @@ class QdrantStore(QdrantRows):
         self._writable()
         drop_copy(self._calls, self._collection, name)
 
-    def _state(self) -> Path:
+    @property
+    def _marker(self) -> Path:
         folder = state_of(self._client, self._opened_as, self._label)
         assert folder is not None  # only servers are too old to hold a note, and those have one
-        return folder
+        return folder / "marker.json"
 
     def _sibling(self, collection: str, vector: str, *, fill: bool) -> QdrantStore:
         """Return a store of another vector or collection, opened the same way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,8 +82,7 @@ class RowOrder:
         Raises:
             ConfigError: The batch size is below 1 or the cursor points outside.
         """
-        if batch_size < 1:
-            raise ConfigError(f"{self._store}: a batch holds at least one row, not {batch_size}")
+        check_batch_size(self._store, batch_size)
         first = 0 if cursor is None else int(cursor)
         if not 0 <= first <= len(self):
             raise ConfigError(f"{self._store}: cursor {first} is outside 0..{len(self)}")
@@ -103,8 +102,45 @@ def only_vectors(store: str, fields: object, partition: object) -> None:
     """
     if fields:
         raise ConfigError(f"{store}: rows have no payload, so there are no fields to read")
+    no_partitions(store, partition)
+
+
+def check_batch_size(store: str, batch_size: int) -> None:
+    """Refuse a batch without rows.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"{store}: a batch holds at least one row, not {batch_size}")
+
+
+def no_partitions(store: str, partition: object) -> None:
+    """Refuse partitions for a store that has none.
+
+    Raises:
+        ConfigError: One was asked for.
+    """
     if partition is not None:
         raise ConfigError(f"{store}: the store has no partitions")
+
+
+def fetched(store: str, peek: Callable[[Ids], VectorBatch], ids: Ids) -> Vectors:
+    """Return the vectors of these ids, shape (len(ids), d), from what `peek` finds.
+
+    Raises:
+        DataError: An id is not in the store.
+    """
+    unique, back = np.unique(np.asarray(ids), return_inverse=True)
+    found = peek(unique)
+    if len(found) < len(unique):
+        missing = unique[~np.isin(unique, found.ids)]
+        raise DataError(
+            f"{store}: no row with id {id_names(missing)[0]} has this vector; "
+            f"{len(missing)} of {len(unique)} ids are missing"
+        )
+    vectors: Vectors = found.vectors[back]
+    return vectors
 
 
 def checked_rows(store: str, batch: VectorBatch, dim: int) -> Vectors:

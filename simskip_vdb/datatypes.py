@@ -95,6 +95,11 @@ class StoreInfo:
     state: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def tolerance(self) -> float:
+        """Relative L2 distance within which two vectors that are read are the same one."""
+        return 0.0 if self.exact else self.rounding
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class VectorBatch:

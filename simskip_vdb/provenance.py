@@ -241,7 +241,7 @@ class AsRead:
         info = store.info()
         self._digests, self._rows = digests, rows
         self.lookup, self._ours = Lookup(rows.ids), LiveRows(journal, store)
-        self._tolerance = 0.0 if info.exact else info.rounding
+        self._tolerance = info.tolerance
 
     def same(self, now: VectorBatch) -> Mask:
         """Tell which of these rows are as they were read; rows that were not there are not."""

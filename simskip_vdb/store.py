@@ -17,6 +17,9 @@ from simskip_vdb.datatypes import (
     Vectors,
 )
 
+BESIDE = "@simskip"
+"""How the names end of vectors and collections that hold refined copies."""
+
 Check = Callable[["VectorStore"], None]
 """Looks at the rewritten store and raises to refuse it."""
 

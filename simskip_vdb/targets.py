@@ -17,9 +17,7 @@ from simskip_vdb.errors import (
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
-from simskip_vdb.store import AddsVectors, Copied, Marked, RowWritable, VectorStore
-
-SUFFIX = "@simskip"
+from simskip_vdb.store import BESIDE, AddsVectors, Copied, Marked, RowWritable, VectorStore
 
 Refined = Callable[[Ids], Vectors]
 """Refines the originals of these rows, shape (len(ids), d)."""
@@ -80,7 +78,7 @@ class NewVector(InPlace):
             raise ConfigError(f"{store.info().uri}: rows cannot hold another vector")
         super().__init__(store, journal)
         self._vectors: AddsVectors = store
-        self.name = store.vector_name + SUFFIX
+        self.name = store.vector_name + BESIDE
 
     def open(self, progress: Progress) -> RowStore:
         """Return the vectors beside the rows' own; see `InPlace.open`."""
@@ -139,7 +137,7 @@ class NewCollection(InPlace):
             return
         ours = current is not None and current.target == store.collection
         self.origin = current.origin if current is not None and ours else store.collection
-        self.name = f"{self.origin}{SUFFIX}-{refiner}"
+        self.name = f"{self.origin}{BESIDE}-{refiner}"
         if self.name == store.collection:
             self.name += f"-{len(journal.manifest.history) + 1}"
 
@@ -314,13 +312,6 @@ def fingerprint(store: VectorStore) -> str:
     return fingerprint_of(np.concatenate(ids), np.concatenate(digests))
 
 
-def rows_before(journal: Journal, write: Write) -> Rows:
-    """Return the rows as they were before a write in place."""
-    if write.kept is not None:
-        return Rows(journal.path(write.kept))
-    return journal.open_originals(write)
-
-
 def put_back(
     store: RowStore, journal: Journal, rows: Rows | None, progress: Progress
 ) -> tuple[int, int]:
@@ -381,7 +372,7 @@ class _Unchanged:
 
     def __init__(self, read: VectorBatch, info: StoreInfo) -> None:
         self._lookup, self._vectors = Lookup(read.ids), read.vectors
-        self._tolerance = 0.0 if info.exact else info.rounding
+        self._tolerance = info.tolerance
 
     def __call__(self, now: VectorBatch) -> Mask:
         then = self._vectors[self._lookup.find(now.ids)]
