@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,13 @@ from numpy.typing import NDArray
 from simskip_vdb.config import Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions, Progress, Split
 from simskip_vdb.evaluation import compare, depth, relevant_rows, score, seen_queries
-from simskip_vdb.fitting import choose_late_rows, recorded, treat_late_rows
+from simskip_vdb.fitting import (
+    choose_late_rows,
+    problem_of,
+    queries_as,
+    recorded,
+    treat_late_rows,
+)
 from simskip_vdb.gate import MIN_QUERIES, Comparison, Evidence
 from simskip_vdb.measuring import CROSS_FITTED, Measured, Scored, judgments_digest, weigh
 from simskip_vdb.refiner import LateRule, Refiner
@@ -85,21 +89,22 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
     seed = space.settings.fit.seed
     fold = deal(everyone.ids, near_identical(everyone.vectors), FOLDS, seed)
     parts = [everyone.subset(fold == number) for number in range(FOLDS)]
+    problem = problem_of(space, everyone)
     with space.timed("fit"):
         refiners, plans = [], []
         for number in range(FOLDS):
-            refiner, plan = _fit_fold(space, parts, number, progress)
+            refiner, plan = _fit_fold(space, problem, parts, number, progress)
             refiners.append(refiner)
             plans.append(plan)
         plan = _median(plans)
         info: dict[str, Any] = {"folds": [[p.alpha, p.beta] for p in plans]}
         rule = LateRule.RAW
         if plan.alpha or plan.beta:
-            rule, info["late_rows"] = _late_rows(space, parts, plan, progress)
+            rule, info["late_rows"] = _late_rows(space, problem, parts, plan, progress)
         space.judged = replace(space.judged, queries=_roles(space, everyone))
-        refiner = _fit(space, everyone, plan, progress, "fit on all queries")
+        refiner = _fit(space, problem, plan, progress, "fit on all queries")
         refiner = replace(refiner, late=rule)
-        refiner = recorded(refiner, space, _problem(space, everyone), info)
+        refiner = recorded(refiner, space, problem, info)
     return CrossFit(refiner=refiner, queries=everyone, fold=fold, refiners=tuple(refiners))
 
 
@@ -135,26 +140,29 @@ def compare_spread(before: Scores, after: Scores, level: float | None, seed: int
 
 
 def _fit_fold(
-    space: Workspace, parts: list[JudgedQueries], number: int, progress: Progress
+    space: Workspace,
+    problem: Problem,
+    parts: list[JudgedQueries],
+    number: int,
+    progress: Progress,
 ) -> tuple[Refiner, Plan]:
     from simskip_vdb.training import fit_refiner
 
     inner = (number + 1) % len(parts)
     fit = _without(space, parts, number, inner)
-    with _as(space, {Split.FIT: fit, Split.VALIDATION: parts[inner]}):
+    with queries_as(space, _roles(space, fit, parts[inner])):
         plan = fit_refiner(
-            _problem(space, fit),
+            replace(problem, queries=fit),
             space.settings.fit,
             space.validate,
             progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
         ).plan
     rest = _without(space, parts, number)
-    return _fit(space, rest, plan, progress, f"fit, fold {number + 1}"), plan
+    rest_only = replace(problem, queries=rest)
+    return _fit(space, rest_only, plan, progress, f"fit, fold {number + 1}"), plan
 
 
-def _fit(
-    space: Workspace, queries: JudgedQueries, plan: Plan, progress: Progress, stage: str
-) -> Refiner:
+def _fit(space: Workspace, problem: Problem, plan: Plan, progress: Progress, stage: str) -> Refiner:
     from simskip_vdb.training import fit_refiner
 
     if not plan.alpha and not plan.beta:
@@ -162,7 +170,7 @@ def _fit(
             space.info.dim, side=space.settings.fit.side, metric=space.info.metric
         )
     return fit_refiner(
-        _problem(space, queries),
+        problem,
         space.settings.fit,
         space.validate,
         progress=lambda done, total, _: progress(stage, done, total),
@@ -180,35 +188,26 @@ def _median(plans: list[Plan]) -> Plan:
 
 
 def _late_rows(
-    space: Workspace, parts: list[JudgedQueries], plan: Plan, progress: Progress
+    space: Workspace,
+    problem: Problem,
+    parts: list[JudgedQueries],
+    plan: Plan,
+    progress: Progress,
 ) -> tuple[LateRule, dict[str, Any]]:
     """Let the first fold's queries tell how late rows fare with a probe fitted on the others."""
     from simskip_vdb.training import fit_refiner
 
     late, rest = choose_late_rows(space), _without(space, parts, 0)
     probe = fit_refiner(
-        replace(_problem(space, rest), late=late),
+        replace(problem, queries=rest, late=late),
         space.settings.fit,
         space.validate,
         progress=lambda done, total, _: progress("probe", done, total),
         plan=plan,
     ).refiner
-    with _as(space, {Split.FIT: rest, Split.VALIDATION: parts[0]}):
+    with queries_as(space, _roles(space, rest, parts[0])):
         share, rule = treat_late_rows(space, probe, late)
     return rule, {**share.to_dict(), "rule": rule.value}
-
-
-def _problem(space: Workspace, queries: JudgedQueries) -> Problem:
-    from simskip_vdb.training import Problem
-
-    return Problem(
-        vectors=space.rows.matrix(),
-        ids=space.rows.ids,
-        metric=space.info.metric,
-        queries=queries,
-        groups=space.judged.groups,
-        usable=space.usable,
-    )
 
 
 def _without(space: Workspace, parts: list[JudgedQueries], *left_out: int) -> JudgedQueries:
@@ -216,17 +215,12 @@ def _without(space: Workspace, parts: list[JudgedQueries], *left_out: int) -> Ju
     return concatenate(kept, space.info.dim)
 
 
-def _roles(space: Workspace, fit: JudgedQueries) -> dict[Split, JudgedQueries]:
+def _roles(
+    space: Workspace, fit: JudgedQueries, validation: JudgedQueries | None = None
+) -> dict[Split, JudgedQueries]:
     none = concatenate([], space.info.dim)
-    return {Split.FIT: fit, Split.VALIDATION: none, Split.TEST: none}
-
-
-@contextmanager
-def _as(space: Workspace, queries: Mapping[Split, JudgedQueries]) -> Iterator[None]:
-    """Give queries other roles for a while."""
-    before = space.judged
-    space.judged = replace(before, queries={**_roles(space, queries[Split.FIT]), **queries})
-    try:
-        yield
-    finally:
-        space.judged = before
+    return {
+        Split.FIT: fit,
+        Split.VALIDATION: none if validation is None else validation,
+        Split.TEST: none,
+    }

@@ -78,16 +78,12 @@ def _validated_on(space: Workspace) -> str:
 
 
 def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
-    from simskip_vdb.training import Plan, Problem, fit_refiner, moved
+    from simskip_vdb.training import Plan, fit_refiner, moved
 
     judged, settings = space.judged, space.settings.fit
     fit_queries = judged.queries[Split.FIT]
-    problem = Problem(
-        vectors=space.rows.matrix(),
-        ids=space.rows.ids,
-        metric=space.info.metric,
-        queries=fit_queries if len(fit_queries) else None,
-        groups=judged.groups,
+    problem = replace(
+        problem_of(space, fit_queries if len(fit_queries) else None),
         usable=space.usable & ~space.twins(judged.held_out),
     )
 
@@ -108,7 +104,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
     whole = _whole(space, problem, fits[0].signal)
     folds = _folds(space) if whole.queries is not problem.queries else []
     for rest, held in folds:
-        with _validated_by(space, held):
+        with queries_as(space, {**judged.queries, Split.VALIDATION: held}):
             fits.append(fit("fold", replace(problem, queries=rest), None))
     sizes = [len(judged.queries[Split.VALIDATION]), *(len(held) for _, held in folds)]
     plan, choice = _chosen(fits, sizes)
@@ -162,11 +158,25 @@ def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
     ]
 
 
+def problem_of(space: Workspace, queries: JudgedQueries | None) -> Problem:
+    """Return what is fitted: all usable rows, and these queries."""
+    from simskip_vdb.training import Problem
+
+    return Problem(
+        vectors=space.rows.matrix(),
+        ids=space.rows.ids,
+        metric=space.info.metric,
+        queries=queries,
+        groups=space.judged.groups,
+        usable=space.usable,
+    )
+
+
 @contextmanager
-def _validated_by(space: Workspace, held: JudgedQueries) -> Iterator[None]:
-    """Let other queries be those of validation for a while."""
+def queries_as(space: Workspace, queries: Mapping[Split, JudgedQueries]) -> Iterator[None]:
+    """Give queries other roles for a while."""
     before = space.judged
-    space.judged = replace(before, queries={**before.queries, Split.VALIDATION: held})
+    space.judged = replace(before, queries=queries)
     try:
         yield
     finally:
