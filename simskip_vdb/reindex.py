@@ -15,8 +15,8 @@ from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
 from simskip_vdb.outgoing import Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows, our_rows
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.row_by_row import Snapshot
 from simskip_vdb.rows import row_digests
+from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import (
     AddsVectors,
     Check,

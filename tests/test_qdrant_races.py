@@ -13,7 +13,7 @@ from test_qdrant_pipeline import BESIDE, assert_same, refined, rollback, status
 from test_qdrant_pipeline import refiner as refiner
 
 import simskip_vdb as ss
-from simskip_vdb import Refiner, Settings, row_by_row
+from simskip_vdb import Refiner, Settings, sending
 from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import ConfigError, StoreError
@@ -218,7 +218,7 @@ def test_a_second_vector_beside_that_fails_leaves_the_firsts_marker(
         raise StoreError("no")
 
     with monkeypatch.context() as failing:
-        failing.setattr(row_by_row._Sending, "verify", fail)
+        failing.setattr(sending.Sending, "verify", fail)
         with pytest.raises(StoreError, match="no"):
             refine(engine, settings(other, "new-vector"))
     assert_same(engine.rows(BESIDE), held)

@@ -13,7 +13,7 @@ from test_row_by_row import D, Desk, kill, tolerance
 from simskip_vdb import reindex, row_by_row
 from simskip_vdb.datatypes import Ids, Mask, Progress, VectorBatch, Vectors
 from simskip_vdb.journal import Journal
-from simskip_vdb.row_by_row import Snapshot
+from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import Allowed, VectorStore
 
 
