@@ -19,7 +19,14 @@ from simskip_vdb.fitting import (
     treat_late_rows,
 )
 from simskip_vdb.gate import MIN_QUERIES, Comparison, Evidence
-from simskip_vdb.measuring import CROSS_FITTED, Measured, Scored, judgments_digest, weigh
+from simskip_vdb.measuring import (
+    CROSS_FITTED,
+    Measured,
+    Scored,
+    detail,
+    judgments_digest,
+    weigh,
+)
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.resolution import concatenate
 from simskip_vdb.splits import deal, near_identical
@@ -128,7 +135,8 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
         was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
         scored = Scored(judged=judged, seen=seen, before=was, after=now)
         measured, evidence = weigh(space, crossed.refiner, scored, look, compare_spread)
-    return replace(measured, split=CROSS_FITTED), evidence
+    shown = detail(space, scored, before, after)
+    return replace(measured, split=CROSS_FITTED, detail=shown), evidence
 
 
 def compare_spread(before: Scores, after: Scores, level: float | None, seed: int) -> Comparison:

@@ -11,7 +11,9 @@
     │ ├ VerificationError                     what was read back is not what was written
     │ └ TransientStoreError             4     retries exhausted; the same command resumes
     ├ FitError                            1   the loss is not finite
-    └ JournalError                        1   the state on disk does not match this index
+    ├ JournalError                        1   the state on disk does not match this index
+    │ └ StateInUseError                       another run holds it
+    └ StoppedError                        4   asked to stop; the same command resumes
 
 A refused gate is a result, not an error.
 """
@@ -81,3 +83,13 @@ class FitError(SimskipError):
 
 class JournalError(SimskipError):
     """The state on disk does not match this index, or is damaged."""
+
+
+class StateInUseError(JournalError):
+    """Another run holds the state; the index is in its hands."""
+
+
+class StoppedError(SimskipError):
+    """The run was asked to stop, or its time was up; the same command resumes."""
+
+    exit_code = 4

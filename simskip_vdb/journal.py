@@ -8,7 +8,7 @@ A state folder holds
     before-*.arrow         every row as an earlier refinement of ours had left it (Arrow IPC)
     unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
-    refiners/ID/           fitted refiners
+    refiners/ID/           fitted refiners, and which rows each knows (known.arrow)
     ledger.json            splits of queries, and looks at the test queries
 
 Files are named by their content's hash, written whole, fsynced, and only then named in the
@@ -35,10 +35,11 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
-from simskip_vdb.errors import JournalError, MissingDependencyError, StoreError
-from simskip_vdb.rows import Digests, Rows, ids_from_arrow, ids_to_arrow
+from simskip_vdb.errors import JournalError, MissingDependencyError, StateInUseError, StoreError
+from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
 
 SCHEMA = 1
+KNOWN = "known.arrow"
 IN_PLACE, NEW_VECTOR, NEW_COLLECTION = "in-place", "new-vector", "new-collection"
 OURS = re.compile(r"(originals|written|before)(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}")
 """Names of files that may be deleted; a state folder may be one that holds other things."""
@@ -129,7 +130,7 @@ class Journal:
             self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
             self._lock.acquire()
         except filelock.Timeout:
-            raise JournalError(
+            raise StateInUseError(
                 f"another run holds {self.folder}; wait for it to end, then run the same command"
             ) from None
         except OSError as error:
@@ -258,6 +259,46 @@ class Journal:
         with pa.OSFile(str(self.path(ref))) as source:
             table = pa.ipc.open_file(source).read_all()
         return ids_from_arrow(table["id"]), table["digest"].to_numpy()
+
+    def save_known(self, refiner: str, ids: Ids, digests: Digests) -> None:
+        """Record which rows a refiner knows, and by which original: others arrived after its fit.
+
+        Args:
+            refiner: Its id; its folder exists.
+            ids: Shape (n,).
+            digests: Of the originals, shape (n,).
+        """
+        import pyarrow as pa
+
+        batch = pa.record_batch([ids_to_arrow(ids), pa.array(digests)], ["id", "digest"])
+        batch = batch.replace_schema_metadata({"fingerprint": fingerprint_of(ids, digests)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        write_durably(self.refiners / refiner / KNOWN, sink.getvalue())
+
+    def known(self, refiner: str) -> tuple[Ids, Digests] | None:
+        """Return what `save_known` was given; None where it never was.
+
+        Raises:
+            JournalError: The file is damaged.
+        """
+        import pyarrow as pa
+
+        path = self.refiners / refiner / KNOWN
+        if not path.is_file():
+            return None
+        try:
+            with pa.OSFile(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            ids, digests = ids_from_arrow(table["id"]), table["digest"].to_numpy()
+            if table.schema.metadata[b"fingerprint"].decode() != fingerprint_of(ids, digests):
+                raise ValueError("its checksum differs")
+        except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+            raise JournalError(
+                f"{path} is damaged ({error}); restore the state folder from a backup"
+            ) from error
+        return ids, digests
 
     def forget_kept(self) -> list[str]:
         """Let go of the index file from before the first write; return what was removed."""

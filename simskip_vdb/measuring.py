@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, JudgedQueries, Neighbors, Positions, Split, Vectors
+from simskip_vdb.datatypes import (
+    Ids,
+    JudgedQueries,
+    Mask,
+    Neighbors,
+    Positions,
+    Split,
+    Vectors,
+    id_names,
+)
 from simskip_vdb.errors import DataError
 from simskip_vdb.evaluation import (
     compare,
@@ -23,6 +32,7 @@ from simskip_vdb.evaluation import (
     worst_regressions,
 )
 from simskip_vdb.gate import (
+    MIN_QUERIES,
     Comparison,
     Decision,
     Evidence,
@@ -38,6 +48,8 @@ from simskip_vdb.workspace import Blocks, Workspace
 
 CROSS_FITTED = "cross-fitted"
 """Stands for a split where every query was scored by a refiner that never saw it."""
+MOST_MOVED = 5
+SHOWN = 5  # rows of a query that moved
 ANN_PROBES = 200  # rows that stand in for queries where none were given
 
 
@@ -52,6 +64,7 @@ class Measured:
         regressions: The queries that lost most.
         group_overlap: Top-10 overlap inside groups; None without groups.
         left_out: Queries left out because the refiner learnt from them.
+        detail: Each query's change, and what moved most: `_detail`; None where nobody needs it.
     """
 
     split: str
@@ -60,6 +73,7 @@ class Measured:
     regressions: Sequence[Mapping[str, Any]]
     group_overlap: float | None
     left_out: int
+    detail: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -84,7 +98,12 @@ Compare = Callable[[NDArray[np.float64], NDArray[np.float64], "float | None", in
 
 
 def measure(
-    space: Workspace, refiner: Refiner, split: Split, *, as_is: bool = False
+    space: Workspace,
+    refiner: Refiner,
+    split: Split,
+    *,
+    as_is: bool = False,
+    current: Refiner | None = None,
 ) -> tuple[Measured, Evidence] | None:
     """Compare what the index holds with what a refiner makes of it, by exact search.
 
@@ -95,6 +114,8 @@ def measure(
         refiner: What to measure.
         split: Which queries to measure on.
         as_is: The refiner wrote the index: measure the rows that it holds.
+        current: Compare with what this refiner makes of all rows instead, those that came since
+            it wrote the index included, and by new queries where they can prove more.
 
     Returns:
         None where the split has no queries.
@@ -107,14 +128,16 @@ def measure(
         return None
     given = len(judged)
     judged = _unseen(refiner, judged, split)
+    if current is not None:
+        judged = _freshest(space, _not_learnt(current, judged))
     look = 1
     if split is Split.TEST:
         content = judgments_digest(judged, space.rows.ids)
         look = space.ledger.look(refiner.id, space.measure, content, judged.ids)
     k = max(depth(space.measures, judged), 10)
-    skip, late = space.skipped(split), space.late_when_written
+    skip, late = space.skipped(split), space.late(refiner)
     with space.timed("evaluate"):
-        before = space.search(judged.vectors, space.current_blocks(), k, skip).ids
+        before = _found_now(space, judged, current, k, skip)
         rows = space.blocks_of(space.held_by) if as_is else space.refined_blocks(refiner, late)
         after = space.search(refiner(judged.vectors), rows, k, skip).ids
         was, now = (score(judged, found, space.measures) for found in (before, after))
@@ -123,10 +146,88 @@ def measure(
             overlap = group_overlap(judged, before, after)
         scored = Scored(judged=judged, seen=_seen(space, refiner, judged), before=was, after=now)
         measured, evidence = weigh(space, refiner, scored, look)
-    return (
-        replace(measured, split=split.value, group_overlap=overlap, left_out=given - len(judged)),
-        replace(evidence, group_overlap=overlap),
+    measured = replace(
+        measured,
+        split=split.value,
+        group_overlap=overlap,
+        left_out=given - len(judged),
+        detail=detail(space, scored, before, after) if split is Split.TEST else None,
     )
+    return measured, replace(evidence, group_overlap=overlap)
+
+
+def detail(space: Workspace, scored: Scored, before: Positions, after: Positions) -> dict[str, Any]:
+    """Return each query's score before and after, and the rows of those that moved most.
+
+    Args:
+        space: The index and its judgments.
+        scored: The scores.
+        before: Positions found before, shape (m, k); -1 where there is none.
+        after: Positions found after, shape (m, k).
+
+    Returns:
+        measure; queries: query, before, after; moved: the same of the `MOST_MOVED` that gained
+        most and as many that lost most, with rows_before and rows_after: row, grade.
+    """
+    judged, measure = scored.judged, space.measure
+    was, now = scored.before[measure], scored.after[measure]
+    order = np.argsort(was - now, kind="stable")
+    ends = np.unique(np.concatenate([order[:MOST_MOVED], order[-MOST_MOVED:]]))
+    queries = [
+        {"query": name, "before": round(x, 4), "after": round(y, 4)}
+        for name, x, y in zip(judged.ids, was.tolist(), now.tolist(), strict=True)
+    ]
+
+    def rows(query: int, found: Positions) -> list[dict[str, Any]]:
+        part = slice(judged.indptr[query], judged.indptr[query + 1])
+        grades = dict(zip(judged.rows[part].tolist(), judged.grades[part].tolist(), strict=True))
+        top = found[query, :SHOWN]
+        top = top[top >= 0]
+        names = id_names(space.rows.ids[top])
+        return [
+            {"row": name, "grade": max(0, grades.get(row, 0))}
+            for name, row in zip(names, top.tolist(), strict=True)
+        ]
+
+    moved = [
+        {**queries[i], "rows_before": rows(i, before), "rows_after": rows(i, after)}
+        for i in sorted(ends.tolist(), key=lambda i: was[i] - now[i])
+        if was[i] != now[i]
+    ]
+    return {"measure": measure, "queries": queries, "moved": moved}
+
+
+def _found_now(
+    space: Workspace, judged: JudgedQueries, current: Refiner | None, k: int, skip: Mask | None
+) -> Positions:
+    """Search what is there now as the application does, its queries refined with side both."""
+    if current is not None:
+        blocks = space.refined_blocks(current, space.late(current))
+        return space.search(current(judged.vectors), blocks, k, skip).ids
+    return space.search(judged.vectors, space.current_blocks(), k, skip).ids
+
+
+def _not_learnt(current: Refiner, judged: JudgedQueries) -> JudgedQueries:
+    """Leave out what the current refiner learnt from, which speaks for it; unless that is all."""
+    fresh = ~learnt_from(current, judged)
+    return judged.subset(fresh) if fresh.any() else judged
+
+
+def _freshest(space: Workspace, judged: JudgedQueries) -> JudgedQueries:
+    """Return the queries that nobody looked at yet, where they can prove more than all of them."""
+    from scipy.stats import norm
+
+    looks = np.array([space.ledger.looked.get(name, 0) for name in judged.ids])
+    fresh = judged.subset(looks == 0)
+
+    def smallest_gain(queries: int, look: int) -> float:
+        """In standard deviations of a query's gain, what is found four times in five."""
+        return float((norm.isf(look_level(look)) + norm.isf(0.2)) / queries**0.5)
+
+    if len(fresh) < MIN_QUERIES:
+        return judged
+    by_all = smallest_gain(len(judged), 1 + int(looks.max()))
+    return fresh if smallest_gain(len(fresh), 1) <= by_all else judged
 
 
 def weigh(
@@ -272,9 +373,10 @@ class ThroughIndex:
         self, store: VectorStore, refiner: Refiner | None, as_is: bool
     ) -> tuple[Blocks, Callable[[Positions], Vectors]]:
         """Return the rows that exact search goes through, all and by position."""
-        space, ids, late = self._space, self._space.rows.ids, self._space.late_when_written
+        space, ids = self._space, self._space.rows.ids
         if refiner is None:
             return space.current_blocks(), space.current_rows
+        late = space.late(refiner)
         live = isinstance(store, RowWritable)
         if as_is or live or not (space.info.exact or space.info.lossy):
             # Originals were read from codes, so codes are what is compared before and after; and

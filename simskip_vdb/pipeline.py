@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from simskip_vdb.crossfit import applies, cross_fit, measure_cross_fit
+from simskip_vdb.attempts import Attempt, judged_digests
+from simskip_vdb.crossfit import CrossFit, applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, silent
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
@@ -20,12 +24,14 @@ from simskip_vdb.reindex import (
     check_mode,
 )
 from simskip_vdb.report import Report, undo_command
-from simskip_vdb.reporting import build_report, forecast, written_part
+from simskip_vdb.reporting import build_report, changes, forecast, written_part
+from simskip_vdb.runs import Runs, record
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import check_same_mode
 from simskip_vdb.workspace import (
     Settings,
     Workspace,
+    keep_refiner,
     open_workspace,
 )
 from simskip_vdb.writing import finish, interrupted, reindex, unchanged
@@ -144,34 +150,107 @@ def refine(
     with open_workspace(store, judgments, settings, progress) as space:
         if not isinstance(store, FileBacked):
             check_same_mode(space.journal, settings.mode)
-        crossed = None
-        if applies(space) and not settings.dry_run:  # it reads every query
-            crossed = cross_fit(space, progress)
-        refiner = _refiner(space, progress) if crossed is None else crossed.refiner
-        _check_output(store, settings, refiner.side)
         if settings.dry_run:
+            refiner = _refiner(space, progress)
+            _check_output(store, settings, refiner.side)
             measured = _described(space, refiner)
             report = build_report(space, "refine", refiner, settings.refiner, measured)
             return replace(report, forecast=forecast(space, refiner))
-        folder = _save(refiner, space)
-        if interrupted(space) is not None:
-            resumed = finish(space, refiner, folder, progress)
-            if resumed is not None:
-                return resumed
-        if space.current is not None and space.current.refiner == refiner.id and unchanged(space):
-            report = build_report(space, "refine", refiner, folder, None)
-            note = "the index holds exactly this refinement already; nothing to do"
-            return replace(report, notes=(note,), written=written_part(Written.none(), None))
-        if refiner.is_identity:
-            decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
-            return build_report(space, "refine", refiner, folder, validated(refiner), decision)
-        if crossed is None:
-            measured, evidence = measure(space, refiner, Split.TEST) or (None, None)
-        else:
-            measured, evidence = measure_cross_fit(space, crossed)
-        decision = decide(evidence, accept_unmeasured=settings.accept_unmeasured)
-        report = build_report(space, "refine", refiner, folder, measured, decision)
-        return reindex(space, refiner, report, progress) if decision.passed else report
+        found = changes(space)
+        report = _refine(space, progress)
+        if settings.refiner is None and report.refiner is not None:
+            remember_attempt(space, judgments, report.refiner["id"])
+        outcome = "refused" if report.exit_code else "written"
+        if report.gate is None:
+            outcome = "unchanged"
+        keep_record(space, record_of(report, "refine", outcome, found))
+        return report
+
+
+def _refine(space: Workspace, progress: Progress) -> Report:
+    refiner, crossed = fitted(space, progress)
+    _check_output(space.store, space.settings, refiner.side)
+    folder = _save(refiner, space)
+    if interrupted(space) is not None:
+        resumed = finish(space, refiner, folder, progress)
+        if resumed is not None:
+            return resumed
+    if space.current is not None and space.current.refiner == refiner.id and unchanged(space):
+        report = build_report(space, "refine", refiner, folder, None)
+        note = "the index holds exactly this refinement already; nothing to do"
+        return replace(report, notes=(note,), written=written_part(Written.none(), None))
+    return challenge(space, refiner, crossed, folder, progress)
+
+
+def fitted(space: Workspace, progress: Progress) -> tuple[Refiner, CrossFit | None]:
+    """Fit a refiner, or take the one that was given; cross-fit where few queries are judged."""
+    if applies(space):
+        crossed = cross_fit(space, progress)
+        return crossed.refiner, crossed
+    return _refiner(space, progress), None
+
+
+def challenge(
+    space: Workspace,
+    refiner: Refiner,
+    crossed: CrossFit | None,
+    folder: Path,
+    progress: Progress,
+    current: Refiner | None = None,
+) -> Report:
+    """Measure a refiner on held-out queries, and write if the gate lets it pass.
+
+    Args:
+        space: The index and its judgments.
+        refiner: What was fitted.
+        crossed: How, where it was cross-fitted.
+        folder: Where it is saved.
+        progress: Called with (stage, done, total).
+        current: The refiner that it must beat; None for the index as it is.
+    """
+    if refiner.is_identity:
+        decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
+        return build_report(space, "refine", refiner, folder, validated(refiner), decision)
+    if crossed is None:
+        found = measure(space, refiner, Split.TEST, current=current)
+        measured, evidence = found or (None, None)
+    else:
+        measured, evidence = measure_cross_fit(space, crossed)
+    decision = decide(evidence, accept_unmeasured=space.settings.accept_unmeasured)
+    report = build_report(space, "refine", refiner, folder, measured, decision)
+    return reindex(space, refiner, report, progress) if decision.passed else report
+
+
+def remember_attempt(space: Workspace, judgments: Judgments, refiner: str) -> None:
+    """Note what was known when a refiner, named by its id, was fitted."""
+    attempt = Attempt(time=time.time(), refiner=refiner, judged=judged_digests(judgments))
+    attempt.save(space.journal.folder)
+
+
+def record_of(
+    report: Report,
+    action: str,
+    outcome: str,
+    rows: Mapping[str, int],
+    **parts: Any,  # noqa: ANN401
+) -> dict[str, Any]:
+    """Describe a run for the state; `rows` are what `changes` counted before it."""
+    written = 0 if report.written is None else report.written["rows"]
+    return record(
+        action,
+        outcome,
+        report.index,
+        report=report.to_dict(),
+        detail=report.detail,
+        rows={**rows, "written": written},
+        seconds=dict(report.seconds),
+        **parts,
+    )
+
+
+def keep_record(space: Workspace, found: Mapping[str, Any]) -> None:
+    """Keep the record of a run in the state."""
+    Runs(space.journal.folder).add(found)
 
 
 def _refiner(space: Workspace, progress: Progress) -> Refiner:
@@ -189,8 +268,7 @@ def _described(space: Workspace, refiner: Refiner) -> Measured | None:
 
 def _save(refiner: Refiner, space: Workspace) -> Path:
     """Save a refiner in the state, where it tells our rows from others later, and to --out."""
-    folder = space.journal.refiners / refiner.id
-    refiner.save(folder)
+    folder = keep_refiner(refiner, space)
     if space.settings.out is None:
         return folder
     refiner.save(space.settings.out)

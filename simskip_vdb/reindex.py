@@ -91,10 +91,9 @@ def snapshot(
     true = TrueRows(store, our_rows(past or journal, store))
     digests = [np.empty(0, np.uint64)]
     columns: dict[str, list[Any]] = {name: [] for name in fields}
-    theirs = 0
+    ours = [np.empty(0, np.bool_)]
 
     def originals() -> Iterator[VectorBatch]:
-        nonlocal theirs
         done = 0
         for batch in store.scan(SCAN_ROWS, fields=fields):
             vectors, mine = true.of(batch)
@@ -102,7 +101,7 @@ def snapshot(
             digests.append(row_digests(batch.vectors))
             for name, column in columns.items():
                 column.extend(batch.fields[name])
-            theirs += int((~mine).sum())
+            ours.append(mine)
             done += len(batch)
             progress("read", done, total)
         true.check()
@@ -115,7 +114,7 @@ def snapshot(
             f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
             "could not be restored by its id. Give every row an id of its own and rebuild the index"
         )
-    return Snapshot(rows, np.concatenate(digests), theirs, columns)
+    return Snapshot(rows, np.concatenate(digests), np.concatenate(ours), columns)
 
 
 def write(
@@ -158,7 +157,7 @@ def write(
     }
     if isinstance(store, FileBacked):
         check_mode(store, mode)
-        return whole_file.write(store, found.rows, refine, **kwargs)
+        return whole_file.write(store, found, refine, **kwargs)
     return row_by_row.write(_by_rows(store), found, refine, mode=mode, **kwargs)
 
 

@@ -42,6 +42,7 @@ class Report:
         forecast: What `--dry-run` found.
         notes: What else a person should know.
         seconds: Time by stage.
+        detail: Each test query's change, and the rows of those that moved most; not in `to_dict`.
     """
 
     action: str
@@ -67,6 +68,7 @@ class Report:
     forecast: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    detail: Mapping[str, Any] | None = None
 
     @property
     def exit_code(self) -> int:
@@ -76,6 +78,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain JSON values, with its schema number."""
         data = asdict(self)
+        del data["detail"]
         data["gate"] = None if self.gate is None else self.gate.to_dict()
         return {"schema": 1, **data}
 

@@ -12,7 +12,9 @@ import numpy as np
 from simskip_vdb.datatypes import id_names
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.gate import Decision
+from simskip_vdb.journal import NEW_VECTOR, Journal
 from simskip_vdb.measuring import CROSS_FITTED, Measured
+from simskip_vdb.provenance import Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written
 from simskip_vdb.report import Report
@@ -85,6 +87,7 @@ def build_report(
         written=written_part(Written.none(), None) if action == "refine" else None,
         notes=tuple(notes),
         seconds=dict(space.seconds),
+        detail=None if measured is None else measured.detail,
     )
 
 
@@ -139,6 +142,33 @@ def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
             for row, was, now in zip(id_names(space.rows.ids[places]), before, after, strict=True)
         ],
     }
+
+
+def changes(space: Workspace, journal: Journal | None = None) -> dict[str, int]:
+    """Count the rows, and those that came, changed and went since the index was written.
+
+    Args:
+        space: The index.
+        journal: Its state, where the run has another one.
+    """
+    total = len(space.rows)
+    current = space.current
+    if current is None or current.originals is None:
+        return {"total": total, "new": total, "changed": 0, "deleted": 0}
+    journal = journal or space.journal
+    then = journal.open_originals(current)
+    places = Lookup(then.ids).find(space.rows.ids)
+    known, same = places >= 0, space.found.ours
+    if current.mode == NEW_VECTOR:  # the rows' own vectors are never ours
+        same = known.copy()
+        for start, block in space.rows.blocks():
+            part = np.flatnonzero(known[start : start + len(block)])
+            was = then.take(places[start + part])
+            same[start + part] = near(block[part], was, space.info.tolerance)
+    new = int((~known).sum())
+    changed = int((known & ~same).sum())
+    deleted = current.originals.rows - (total - new)
+    return {"total": total, "new": new, "changed": changed, "deleted": deleted}
 
 
 def written_part(written: Written, output: Path | None) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from simskip_vdb.datatypes import (
     VectorBatch,
     silent,
 )
-from simskip_vdb.errors import TransientStoreError
+from simskip_vdb.errors import StoppedError, TransientStoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
@@ -74,6 +74,7 @@ def write(
         ConfigError: The store does not know this mode.
         VerificationError: The store does not hold what was written; it was restored.
         TransientStoreError: The store kept failing; the same command resumes.
+        StoppedError: From `progress`; the same command resumes.
     """
     target = make_target(store, journal, mode, refiner.id)
     pending = journal.manifest.pending
@@ -110,7 +111,7 @@ def write(
         read = sending.verify()
         accept(receiving)
         target.finish(read_then, sending.refined, progress)
-    except TransientStoreError:
+    except (TransientStoreError, StoppedError):
         raise
     except Exception:
         _undo(target, journal, write, progress)

@@ -25,13 +25,13 @@ class Snapshot(NamedTuple):
     Attributes:
         rows: Every row's original, on disk.
         digests: Digest of every row as it was read, shape (n,).
-        theirs: How many of them the application wrote, not we.
+        ours: Which of them we wrote, and nobody changed since, shape (n,).
         columns: Payload columns that were asked for, each of length n.
     """
 
     rows: Rows
     digests: Digests
-    theirs: int
+    ours: Mask
     columns: Mapping[str, list[Any]]
 
 
@@ -76,6 +76,8 @@ class Sending:
             due = np.isfinite(refined).all(axis=1)
             if self._target.mode != NEW_VECTOR:
                 due &= row_digests(refined) != found.digests[part]
+            elif self._target.filled:
+                due &= ~self._beside(found.rows.ids[part], refined)
             self._due[part] = due
             if due.any():
                 batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
@@ -84,6 +86,14 @@ class Sending:
                 if first and self._sent.any():
                     self._check_first(part, batch)
             self._progress("write", part.stop, total)
+
+    def _beside(self, ids: Ids, refined: Vectors) -> Mask:
+        """Tell which rows have these vectors beside their own already."""
+        there = self._store.peek(ids)
+        places = Lookup(ids).find(there.ids)
+        same = np.zeros(len(ids), np.bool_)
+        same[places] = near(there.vectors, refined[places], self._store.info().tolerance)
+        return same
 
     def verify(self) -> Read:
         """Read every row back, and send again what still is as it was read.

@@ -44,6 +44,11 @@ class InPlace:
         self.store, self._journal = store, journal
         self.name = self.origin = ""
 
+    @property
+    def filled(self) -> bool:
+        """Whether an earlier write left vectors there that may still be right."""
+        return self._journal.manifest.current is not None
+
     def open(self, progress: Progress) -> RowStore:
         """Return the store that receives refined vectors."""
         return self.store

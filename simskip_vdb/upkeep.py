@@ -79,7 +79,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "refined": refined,
         "copy_of": journal.manifest.copy_of,
         "interrupted": journal.manifest.pending is not None,
-        "changed_since": current is not None and _changed(store, journal, current),
+        "changed_since": current is not None and not is_as_written(store, journal, current),
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
@@ -137,7 +137,8 @@ def prune(store: VectorStore, *, state: Path | None = None, final: bool = False)
     }
 
 
-def _changed(store: VectorStore, journal: Journal, current: Write) -> bool:
+def is_as_written(store: VectorStore, journal: Journal, current: Write) -> bool:
+    """Tell, by reading it once, whether an index is as a write left it."""
     if isinstance(store, FileBacked):
-        return fingerprint(store) != current.fingerprint
-    return not holds(store, journal, current)
+        return fingerprint(store) == current.fingerprint
+    return holds(store, journal, current)

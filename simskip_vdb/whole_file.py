@@ -18,6 +18,7 @@ from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, OurRows, TrueRows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import Check, FileBacked, VectorStore
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def recover(store: FileStore, journal: Journal) -> None:
 
 def write(
     store: FileStore,
-    rows: Rows,
+    found: Snapshot,
     refine: Refine,
     *,
     journal: Journal,
@@ -67,7 +68,7 @@ def write(
 
     Args:
         store: The index, which must be one file.
-        rows: Originals as `snapshot` returned them.
+        found: What was read of it.
         refine: Refines a block of originals.
         journal: The state, locked.
         refiner: What is written, for the record.
@@ -85,16 +86,15 @@ def write(
         kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
     else:
         kept = current.kept if before == current.fingerprint else None
+    rows = found.rows
     outgoing = Outgoing(rows, refine, progress)
 
-    def check(candidate: VectorStore) -> None:
-        digests = outgoing.verify(candidate)
-        accept(candidate)
+    def announce(fingerprint: str, digests: Digests) -> None:
         journal.announce(
             Write(
                 refiner=refiner.id,
                 before=before,
-                fingerprint=_file(candidate).sha256(),
+                fingerprint=fingerprint,
                 originals=journal.scanned,
                 written=journal.save_written(rows.ids, digests),
                 kept=kept,
@@ -103,6 +103,17 @@ def write(
             )
         )
 
+    def check(candidate: VectorStore) -> None:
+        digests = outgoing.verify(candidate)
+        accept(candidate)
+        announce(_file(candidate).sha256(), digests)
+
+    if current is not None and current.refiner == refiner.id and _all_there(found, refine):
+        # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
+        accept(store)
+        announce(before, found.digests)
+        journal.settle(happened=True)
+        return Written(rows=0, skipped=len(rows), mode="in-place")
     keep = journal.folder / kept.name if current is None and kept is not None else None
     try:
         store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
@@ -112,6 +123,14 @@ def write(
         raise
     journal.settle(happened=True)
     return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="in-place")
+
+
+def _all_there(found: Snapshot, refine: Refine) -> bool:
+    """Tell whether the file holds every row as it should be."""
+    return all(
+        np.array_equal(row_digests(refine(start, block)), found.digests[start : start + len(block)])
+        for start, block in found.rows.blocks()
+    )
 
 
 def write_copy(

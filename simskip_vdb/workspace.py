@@ -246,10 +246,30 @@ class Workspace:
         scores = pair_scores(queries[:, None], vectors[at], self.info.metric)
         return ann_recall(exact, found, scores)
 
-    @property
-    def late_when_written(self) -> Mask:
-        """Rows that no fit saw because they are test queries: written as late rows are."""
-        return self.held(Split.TEST)
+    def late(self, refiner: Refiner) -> Mask:
+        """Return the rows that a refiner treats as late, shape (n,).
+
+        They arrived, or got another vector, after its fit; or no fit saw them because they are
+        test queries.
+        """
+        late = self.held(Split.TEST)
+        known = self.journal.known(refiner.id)
+        if known is not None:
+            ids, digests = known
+            places = Lookup(ids).find(self.rows.ids)
+            late |= places < 0
+            if self.info.exact:  # elsewhere the same row may be read back with other last digits
+                late |= digests[places] != self.digests
+        return late
+
+
+def keep_refiner(refiner: Refiner, space: Workspace) -> Path:
+    """Save a refiner in the state, and, the first time, which rows are there: it knows those."""
+    folder = space.journal.refiners / refiner.id
+    refiner.save(folder)
+    if space.journal.known(refiner.id) is None:
+        space.journal.save_known(refiner.id, space.rows.ids, space.digests)
+    return folder
 
 
 @contextmanager

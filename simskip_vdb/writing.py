@@ -51,7 +51,7 @@ def unchanged(space: Workspace) -> bool:
     if current.mode == NEW_VECTOR:
         return holds(space.store, space.journal, current)
     return (
-        found.theirs == 0
+        bool(found.ours.all())
         and current.written is not None
         and len(found.rows) == (current.written.rows)
     )
@@ -77,8 +77,10 @@ def reindex(
         through.ann["before"] = resumed.summary["ann_recall"]
         summary = dict(resumed.summary)
 
+    late = space.late(refiner)
+
     def refined(start: int, block: Vectors) -> Vectors:
-        return space.refined(refiner, start, block, space.late_when_written)
+        return space.refined(refiner, start, block, late)
 
     def accept(candidate: VectorStore) -> None:
         through.accept(candidate)
