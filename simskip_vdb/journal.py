@@ -294,7 +294,7 @@ class Journal:
             ids, digests = ids_from_arrow(table["id"]), table["digest"].to_numpy()
             if table.schema.metadata[b"fingerprint"].decode() != fingerprint_of(ids, digests):
                 raise ValueError("its checksum differs")
-        except (OSError, pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise JournalError(
                 f"{path} is damaged ({error}); restore the state folder from a backup"
             ) from error
@@ -308,6 +308,29 @@ class Journal:
         self._update(current=replace(current, kept=None))
         self._sweep()
         return [current.kept.name]
+
+    def forget_history(self, refiners: int, entries: int | None) -> None:
+        """Keep the history of the current refiner and of as many before it as are wanted.
+
+        Args:
+            refiners: How many before the current one.
+            entries: Most entries, the last ones, beside each refiner's first; None for all.
+        """
+        history = self.manifest.history
+        first = {entry["refiner"]: number for number, entry in reversed([*enumerate(history)])}
+        last = {entry["refiner"]: number for number, entry in enumerate(history)}
+        writes = (self.manifest.current, self.manifest.pending)
+        held = {write.refiner for write in writes if write is not None}
+        past = sorted(set(last) - held - {""}, key=lambda name: last[name])
+        kept = held | {""} | set(past[len(past) - refiners :] if refiners else ())
+        start = 0 if entries is None else len(history) - entries
+        left = tuple(
+            entry
+            for number, entry in enumerate(history)
+            if entry["refiner"] in kept and (number >= start or number == first[entry["refiner"]])
+        )
+        if len(left) < len(history):
+            self._update(history=left)
 
     def mark_copy(self, source: str, write: Write) -> None:
         """Record that this index is a refined copy of another one."""

@@ -18,6 +18,7 @@ import numpy as np
 from simskip_vdb.datatypes import (
     ID_TEXT,
     Ids,
+    Mask,
     Progress,
     VectorBatch,
     silent,
@@ -101,11 +102,12 @@ def write(
         origin=target.origin,
         summary=summary,
     )
+    settled = _settled(journal, found, refiner, exact=store.info().exact)
     journal.announce(write)
     try:
         receiving = target.open(progress)
         mark(receiving, _note(journal, refiner))
-        sending = Sending(target, receiving, found, read_then, refine, progress)
+        sending = Sending(target, receiving, found, read_then, refine, progress, settled)
         sending.send()
         receiving.settle(progress)
         read = sending.verify()
@@ -182,6 +184,20 @@ def recover(journal: Journal) -> None:
     pending = journal.manifest.pending
     if pending is not None and not pending.refiner:
         journal.settle(happened=False)
+
+
+def _settled(journal: Journal, found: Snapshot, refiner: Refiner, *, exact: bool) -> Mask:
+    """Tell which rows still are as this very refiner's last write left them, shape (n,)."""
+    current, pending = journal.manifest.current, journal.manifest.pending
+    if current is None or current.refiner != refiner.id or current.written is None:
+        return np.zeros(len(found.rows), np.bool_)
+    past = {entry["refiner"] for entry in journal.manifest.history}
+    if not exact and pending is None and past <= {refiner.id, ""}:
+        # The same vector may be read back with other last digits; what is ours can only be its.
+        return found.ours
+    ids, digests = journal.open_written(current.written)
+    places = Lookup(ids).find(found.rows.ids)
+    return np.asarray((places >= 0) & (digests[places] == found.digests))
 
 
 def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:

@@ -56,14 +56,16 @@ class Sending:
         read: AsRead,
         refine: Refine,
         progress: Progress,
+        settled: Mask,
     ) -> None:
-        """Take where rows go, the store behind it, and what was read to be refined."""
+        """Take where rows go, the store behind it, what was read, and which rows are right."""
         self._target, self._store, self._read = target, store, read
         self._found, self._refine, self._progress = found, refine, progress
         self._lookup = read.lookup
         self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._rounding = store.info().rounding
+        self._settled = settled
         self.moved = 0
 
     def send(self) -> None:
@@ -75,7 +77,7 @@ class Sending:
             self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
             due = np.isfinite(refined).all(axis=1)
             if self._target.mode != NEW_VECTOR:
-                due &= row_digests(refined) != found.digests[part]
+                due &= ~self._settled[part] & (row_digests(refined) != found.digests[part])
             elif self._target.filled:
                 due &= ~self._beside(found.rows.ids[part], refined)
             self._due[part] = due

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from simskip_vdb.attempts import Attempt
 from simskip_vdb.datatypes import Progress, silent
 from simskip_vdb.errors import ConfigError
 from simskip_vdb.journal import Journal, Write
@@ -13,6 +14,7 @@ from simskip_vdb.ledger import Ledger
 from simskip_vdb.reindex import fingerprint, recover
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
+from simskip_vdb.runs import Runs
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
 from simskip_vdb.workspace import check_marker, forget_elsewhere, state_folder
@@ -86,7 +88,14 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     }
 
 
-def prune(store: VectorStore, *, state: Path | None = None, final: bool = False) -> dict[str, Any]:
+def prune(
+    store: VectorStore,
+    *,
+    state: Path | None = None,
+    final: bool = False,
+    runs: int | None = None,
+    refiners: int | None = None,
+) -> dict[str, Any]:
     """Remove from the state what is needed neither to go on nor to undo.
 
     These are refiners that were fitted and not written. With `final` the old index file goes as
@@ -96,6 +105,10 @@ def prune(store: VectorStore, *, state: Path | None = None, final: bool = False)
         store: The index.
         state: Its state folder, if not the usual one.
         final: Also remove the index file from before the first refinement.
+        runs: How many records of runs to keep, the last ones; None for all.
+        refiners: How many of the refiners that wrote the index before the current one to keep,
+            the last ones; None for all. By an older one's, an application's late write of a row as
+            it had read it would be taken for a new vector.
 
     Returns:
         index, removed (names), bytes (how many were freed), left (bytes that stay), notes.
@@ -110,15 +123,21 @@ def prune(store: VectorStore, *, state: Path | None = None, final: bool = False)
     with Journal(folder, info) as journal:
         recover(store, journal)
         before = journal.size
+        if refiners is not None:
+            journal.forget_history(refiners, runs)
         manifest = journal.manifest
+        attempt = Attempt.load(folder)
         used = {write.refiner for write in (manifest.current, manifest.pending) if write}
         used |= {entry["refiner"] for entry in manifest.history}  # rows may come back as they were
+        used |= set() if attempt is None else {attempt.refiner}  # new rows are compared with its
         unused = [path for path in sorted(journal.refiners.glob("*")) if path.name not in used]
         for path in unused:
             shutil.rmtree(path)
         removed = [f"refiners/{path.name}" for path in unused]
         if final and isinstance(store, FileBacked):
             removed += journal.forget_kept()
+        if runs is not None:
+            removed += Runs(folder).prune(runs)
         left = journal.size
     notes = []
     current = manifest.current
