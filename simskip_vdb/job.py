@@ -77,7 +77,7 @@ class Job:
         seed: Seed of every random draw.
         device: ``auto``, ``cpu`` or ``cuda``.
         state: The state folder, if not the one beside the index.
-        window: When it may write; None for any time.
+        window: When it may run; None for any time.
         rows_per_second: Most rows written in a second; None for no limit.
         refit: When a refit is tried.
         retention: What is kept of earlier nights.

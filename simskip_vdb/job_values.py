@@ -28,7 +28,7 @@ class WrongValue(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """The hours of the day in which a job may write, in local time; they may span midnight.
+    """The hours of the day in which a job may run, in local time; they may span midnight.
 
     Attributes:
         start: Minutes after midnight, 0 to 1439.
