@@ -18,7 +18,7 @@ from simskip_vdb.job import Job, Refit, Retention, conflicts, identity
 from simskip_vdb.job_values import SECRETS, Kind, Window, WrongValue
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR
 from simskip_vdb.judgments import JudgmentFiles
-from simskip_vdb.redaction import names_secret
+from simskip_vdb.redaction import names_secret, redacted
 from simskip_vdb.toml_lines import Keys, Lines, read_toml
 
 __all__ = ["Job", "Jobs", "Refit", "Retention", "Window", "read_jobs"]
@@ -146,7 +146,7 @@ class _Reading:
         texts = [f"{self._path}{f':{line}' if line else ''}: {text}" for line, text in found]
         if len(texts) > 1:
             texts.insert(0, f"{self._path} has {len(texts)} problems; nothing was touched")
-        raise ConfigError("\n".join(texts))
+        raise ConfigError(redacted("\n".join(texts)))
 
     def jobs(self, tables: object, shared: _Values) -> Iterator[Job | None]:
         """Yield each job, None where it cannot be made."""

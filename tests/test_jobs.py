@@ -420,6 +420,12 @@ def test_secrets_are_refused_and_never_shown(desk: Desk, text: str, place: str) 
     assert [line for line in found if line.startswith("2: ")]
 
 
+def test_a_secret_in_a_name_is_not_shown(desk: Desk) -> None:
+    found = desk.problems(f"[jobs.'qdrant://me:hunter2@host/c']\n{GOOD}'api_key=hunter2' = 1\n")
+    assert len(found) == 2
+    assert not [line for line in found if "hunter2" in line]
+
+
 def test_a_secret_at_the_top_is_refused(desk: Desk) -> None:
     (found,) = desk.problems(f"api_key = 'hunter2'\n[jobs.one]\n{GOOD}")
     assert found.startswith("1: 'api_key' looks like a secret; secrets come from the environment")
