@@ -159,8 +159,9 @@ class _Reading:
             at = ("jobs", name)
             if not _NAME.fullmatch(name):
                 self._wrong(at, "a name has up to 64 letters, digits, dots, dashes, underscores")
-            found = {**shared, **self.table(table, at)}
-            yield self._job(name, found)
+            found = self.table(table, at)
+            if isinstance(table, dict):
+                yield self._job(name, {**shared, **found})
 
     def table(self, table: object, at: Keys) -> _Values:
         """Return what is right in the settings of a job, or of all jobs."""
@@ -225,7 +226,7 @@ class _Reading:
         parts = {key: _part(got, key) for key in _TABLES}
         wrong = {way[2] for way in self._failed if way[:2] == at}
         wrong |= {way[1] for way in self._failed if way[0] == "defaults"} - set(found)
-        if not {"index"} & {*got, *wrong}:
+        if "index" not in {*got, *wrong}:
             self._wrong(at, "it has no index; name one, such as index = 'faiss:products.faiss'")
         job = Job(
             name=name,

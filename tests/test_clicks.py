@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simskip_vdb import clicks
-from simskip_vdb.clicks import SAME, combine, gather, read_clicks
+from simskip_vdb.clicks import combine, gather, read_clicks
 from simskip_vdb.datatypes import Split
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
 from simskip_vdb.judgments import JudgmentFiles, Judgments, QuerySet
@@ -144,11 +144,11 @@ def test_rounding_does_not_make_another_vector(tmp_path: Path) -> None:
 @pytest.mark.parametrize("apart", [1.5, -1.5])
 def test_another_vector_for_an_id_names_both_files(tmp_path: Path, apart: float) -> None:
     jsonl(tmp_path / "1.jsonl", line("a", "x"), line("b", "x"))
-    other = [3.0, 4.0 + apart * SAME * 5.0]
+    other = [3.0, 4.0 + apart * 1e-3 * 5.0]
     jsonl(tmp_path / "2.jsonl", line("a", "x"), {"id": "b", "vector": other})
     with pytest.raises(DataError, match=r"'b' has one vector in .*1\.jsonl and another in .*2\."):
         read_clicks(tmp_path)
-    near = [3.0, 4.0 + apart * SAME * 5.0 / 2]
+    near = [3.0, 4.0 + apart * 1e-3 * 5.0 / 2]
     jsonl(tmp_path / "2.jsonl", line("a", "x"), {"id": "b", "vector": near})
     assert vectors_of(read_clicks(tmp_path))["b"] == [3, 4]
 

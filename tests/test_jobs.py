@@ -444,7 +444,9 @@ def test_a_secret_at_the_top_is_refused(desk: Desk) -> None:
     ("[jobs.one]\nindex = 'p.faiss\n", "2: this is not TOML"),
 ])  # fmt: skip
 def test_files_without_jobs(desk: Desk, text: str, words: str) -> None:
-    assert [line for line in desk.problems(text) if words in line]
+    found = desk.problems(text)
+    assert [line for line in found if words in line]
+    assert len(found) == 1 + text.startswith("[job.")
 
 
 def test_a_missing_job_file_is_named(tmp_path: Path) -> None:
