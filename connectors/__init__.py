@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -67,7 +68,7 @@ def open_store(
         MissingDependencyError: The connector's package is not installed.
         StoreError: The store could not be opened.
     """
-    scheme = _scheme(uri)
+    scheme = scheme_of(uri)
     if scheme == "faiss" and _names_parts(uri):
         connector = _built_in(_FAISS_PARTS)
     else:
@@ -86,6 +87,20 @@ def open_store(
     return store
 
 
+def scheme_of(uri: str, base: Path | None = None) -> str:
+    """Return the scheme of an address; a plain path, relative to `base`, has ``faiss``."""
+    match = re.match(r"([a-z][a-z0-9+.-]*):", uri)
+    if match is None or os.path.exists(Path(base or "", uri)):
+        return "faiss"
+    return match[1]
+
+
+def known_schemes() -> tuple[str, ...]:
+    """Return the schemes that a connector serves, in alphabetical order."""
+    found = (point.name for point in entry_points(group=ENTRY_POINT_GROUP))
+    return tuple(sorted({*_BUILT_IN, *found}))
+
+
 def _give_originals(store: VectorStore, originals: str, ids: Path | None) -> None:
     uri = store.info().uri
     if not isinstance(store, TakesOriginals):
@@ -98,13 +113,6 @@ def _give_originals(store: VectorStore, originals: str, ids: Path | None) -> Non
     vectors = read_vectors(Path(originals))
     rows = None if ids is None else RowOrder(read_ids(ids), str(ids))
     store.take_originals(vectors if rows is None else ArrayRows(rows, vectors, originals))
-
-
-def _scheme(uri: str) -> str:
-    match = re.match(r"([a-z][a-z0-9+.-]*):", uri)
-    if match is None or Path(uri).exists():
-        return "faiss"
-    return match[1]
 
 
 def _names_parts(uri: str) -> bool:
@@ -126,9 +134,8 @@ def _built_in(connector: _BuiltIn) -> _Connector:
 def _third_party(scheme: str) -> _Connector:
     found = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if scheme not in found:
-        known = ", ".join(sorted({*_BUILT_IN, *found}))
         raise ConfigError(
-            f"no connector for '{scheme}:'; known: {known}. "
+            f"no connector for '{scheme}:'; known: {', '.join(known_schemes())}. "
             f"A path that holds a colon is written with ./ in front"
         )
     return _load(found[scheme])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class QuerySet:
         option: The option that named them, such as ``--test-queries``.
         ids: Query ids, length m, all different.
         vectors: Shape (m, d), float32, as they were read.
-        qrels: Judgments; None where there are labels.
+        qrels: Judgments; None where there are labels, or until others join.
         labels: One label a query, length m; None where there are judgments.
     """
 
@@ -133,7 +133,11 @@ def _column(field: str, values: Sequence[Any], row_ids: Ids) -> RowColumn:
 
 
 def read_judgments(
-    files: JudgmentFiles, *, doc_id_field: str | None = None, group_field: str | None = None
+    files: JudgmentFiles,
+    *,
+    doc_id_field: str | None = None,
+    group_field: str | None = None,
+    more: bool = False,
 ) -> Judgments:
     """Read what the files hold and check it as far as it can be without the index.
 
@@ -141,13 +145,16 @@ def read_judgments(
         files: The files.
         doc_id_field: Payload field that holds each row's document id.
         group_field: Payload field that holds each row's group.
+        more: Whether judgments from elsewhere join these, so that queries and document ids may
+            come without any.
 
     Raises:
         ConfigError: A file is missing, or options do not belong together.
         DataError: A file's content breaks one of the `RULES`.
         MissingDependencyError: A parquet file was given and pyarrow is not installed.
     """
-    _check_combination(files, doc_id_field, group_field)
+    for problem in misfits(files, doc_id_field=doc_id_field, group_field=group_field, more=more):
+        raise ConfigError(problem)
     doc_ids, labels = _path(files, "doc_ids"), _path(files, "labels")
     return Judgments(
         queries=_read_set(files, ""),
@@ -160,27 +167,33 @@ def read_judgments(
     )
 
 
-def _check_combination(
-    files: JudgmentFiles, doc_id_field: str | None, group_field: str | None
-) -> None:
+def misfits(
+    files: JudgmentFiles, *, doc_id_field: str | None, group_field: str | None, more: bool
+) -> Iterator[str]:
+    """Yield a message for each way in which options do not belong together; no file is opened.
+
+    Args:
+        files: See `read_judgments`, as for the rest.
+        doc_id_field: Field of document ids.
+        group_field: Field of groups.
+        more: Whether judgments from elsewhere join these.
+    """
     grouped = files.labels is not None or group_field is not None
     for prefix in ("", "dev_", "test_"):
-        _check_set(files, prefix, grouped)
-    if files.queries is not None and files.qrels is None:
-        raise ConfigError("--queries needs --qrels, the judgments of those queries")
-    judged = any((files.qrels, files.dev_qrels, files.test_qrels))
+        yield from _misfits_of_set(files, prefix, grouped, more)
+    if files.queries is not None and files.qrels is None and not more:
+        yield "--queries needs --qrels, the judgments of those queries"
+    judged = more or any((files.qrels, files.dev_qrels, files.test_qrels))
     for name, given in (("doc_ids", files.doc_ids), ("doc_id_field", doc_id_field)):
         if given is not None and not judged:
-            raise ConfigError(
-                f"{_option(name)} has no effect without judgments; give --qrels or leave it out"
-            )
+            yield f"{_option(name)} has no effect without judgments; give --qrels or leave it out"
     if files.doc_ids is not None and doc_id_field is not None:
-        raise ConfigError("--doc-ids and --doc-id-field say the same; give one of them")
+        yield "--doc-ids and --doc-id-field say the same; give one of them"
     if files.labels is not None and group_field is not None:
-        raise ConfigError("--labels and --group-field say the same; give one of them")
+        yield "--labels and --group-field say the same; give one of them"
 
 
-def _check_set(files: JudgmentFiles, prefix: str, grouped: bool) -> None:
+def _misfits_of_set(files: JudgmentFiles, prefix: str, grouped: bool, more: bool) -> Iterator[str]:
     path, ids = _path(files, f"{prefix}queries"), _path(files, f"{prefix}query_ids")
     qrels = _path(files, f"{prefix}qrels")
     labels = _path(files, f"{prefix}labels") if prefix else None
@@ -188,23 +201,22 @@ def _check_set(files: JudgmentFiles, prefix: str, grouped: bool) -> None:
     if path is None:
         for name, given in (("query_ids", ids), ("qrels", qrels), ("labels", labels)):
             if given is not None:
-                raise ConfigError(f"{_option(prefix + name)} needs {queries}, the vectors")
+                yield f"{_option(prefix + name)} needs {queries}, the vectors"
         return
     if path.suffix not in (".npy", ".parquet", ".jsonl"):
-        raise ConfigError(f"{queries} {path}: give a .npy, .parquet or .jsonl file")
-    if ids is not None and path.suffix != ".npy":
-        raise ConfigError(f"{path} holds its ids; leave {_option(prefix + 'query_ids')} out")
-    if qrels is not None and ids is None and path.suffix == ".npy":
-        raise ConfigError(
+        yield f"{queries} {path}: give a .npy, .parquet or .jsonl file"
+    elif ids is not None and path.suffix != ".npy":
+        yield f"{path} holds its ids; leave {_option(prefix + 'query_ids')} out"
+    named = qrels is not None or (more and not prefix)
+    if named and ids is None and path.suffix == ".npy":
+        yield (
             f"{queries} {path} holds no ids for the judgments to name; "
             f"give {_option(prefix + 'query_ids')}, one id a line"
         )
     if prefix and (qrels is None) == (labels is None):
-        raise ConfigError(
-            f"{queries} needs either {_option(prefix + 'qrels')} or {_option(prefix + 'labels')}"
-        )
+        yield f"{queries} needs either {_option(prefix + 'qrels')} or {_option(prefix + 'labels')}"
     if labels is not None and not grouped:
-        raise ConfigError(
+        yield (
             f"{_option(prefix + 'labels')} needs --labels or --group-field, the labels of the rows"
         )
 

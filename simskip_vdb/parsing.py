@@ -73,7 +73,7 @@ def read_vectors(path: Path) -> Vectors:
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         found = f"{getattr(array, 'dtype', type(array))} of shape {getattr(array, 'shape', '?')}"
         raise DataError(f"{path} holds {found}; query vectors are floats of shape (m, d)")
-    return _float32(array)
+    return as_float32(array)
 
 
 def read_query_table(path: Path) -> tuple[list[str], Vectors]:
@@ -95,12 +95,12 @@ def read_lines(path: Path) -> list[str]:
         ConfigError: There is no such file.
         DataError: It is not UTF-8, or a line before the last value is blank.
     """
-    with _text(path) as file:
+    with open_text(path) as file:
         values = [line.strip() for line in file]
     while values and not values[-1]:
         values.pop()
     if "" in values:
-        _malformed(path, values.index(""), "it is blank")
+        malformed(path, values.index(""), "it is blank")
     return values
 
 
@@ -121,7 +121,7 @@ def read_row_column(path: Path) -> RowColumn:
     if len(unique) < len(ids):
         twice = int(np.flatnonzero(counts > 1)[0])
         again = id_names(unique[twice : twice + 1])[0]
-        _malformed(path, int(first[twice]), f"index id {again} occurs more than once")
+        malformed(path, int(first[twice]), f"index id {again} occurs more than once")
     return RowColumn(source=str(path), values=[pair[1].strip() for pair in pairs], row_ids=ids)
 
 
@@ -135,7 +135,7 @@ def read_qrels(path: Path) -> Qrels:
         ConfigError: There is no such file.
         DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
     """
-    with _text(path) as file:
+    with open_text(path) as file:
         lines = [line.rstrip() for line in file]
     while lines and not lines[-1]:
         lines.pop()
@@ -153,7 +153,7 @@ def read_qrels(path: Path) -> Qrels:
     grades = _integers(path, [row[-1] for row in rows], skipped, "grade", np.int32)
     too_high = np.flatnonzero(grades > HIGHEST_GRADE)
     if len(too_high):
-        _malformed(path, int(too_high[0]) + skipped, f"a grade is above {HIGHEST_GRADE}")
+        malformed(path, int(too_high[0]) + skipped, f"a grade is above {HIGHEST_GRADE}")
     return Qrels(
         source=str(path),
         query_ids=[row[0].strip() for row in rows],
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _text(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[TextIO]:
     """Open text, plain or gzipped, and turn what goes wrong while reading it into our errors."""
     with _opened(path):
         with path.open("rb") as raw:
@@ -188,7 +188,8 @@ def _text(path: Path) -> Iterator[TextIO]:
             raise DataError(f"{path} is a damaged gzip file: {error}") from error
 
 
-def _malformed(path: Path, index: int, why: str) -> NoReturn:
+def malformed(path: Path, index: int, why: str) -> NoReturn:
+    """Raise `DataError` about the line with this index, counted from 0."""
     raise DataError(f"{path}, line {index + 1}: {why}; correct or remove the line")
 
 
@@ -197,7 +198,7 @@ def _check_widths(
 ) -> None:
     if any(len(row) != width for row in rows):
         bad = next(i for i, row in enumerate(rows) if len(row) != width)
-        _malformed(path, bad + skipped, f"{len(rows[bad])} columns instead of {form}")
+        malformed(path, bad + skipped, f"{len(rows[bad])} columns instead of {form}")
 
 
 def _integers(
@@ -207,7 +208,7 @@ def _integers(
         return np.array([int(text) for text in texts], dtype=dtype)
     except (ValueError, OverflowError):
         bad = next(i for i, text in enumerate(texts) if not _fits(text, dtype))
-        _malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
+        malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
 
 
 def _index_ids(path: Path, texts: Sequence[str]) -> Ids:
@@ -249,13 +250,13 @@ def _read_parquet(path: Path) -> tuple[list[str], Vectors]:
     if np.ptp(lengths):
         raise DataError(f"{path}: vectors have from {lengths.min()} to {lengths.max()} numbers")
     numbers = cells.flatten().to_numpy().reshape(len(ids), -1)
-    return [str(i) for i in ids], _float32(numbers)
+    return [str(i) for i in ids], as_float32(numbers)
 
 
 def _read_jsonl(path: Path) -> tuple[list[str], Vectors]:
     ids: list[str] = []
     vectors: list[NDArray[np.float64]] = []
-    with _text(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file):
             if not line.strip():
                 continue
@@ -264,15 +265,16 @@ def _read_jsonl(path: Path) -> tuple[list[str], Vectors]:
                 ids.append(str(record["id"]))
                 vectors.append(np.array(record["vector"], dtype=np.float64))
             except (ValueError, TypeError, KeyError) as error:
-                _malformed(path, number, f'it is not {{"id": …, "vector": [numbers]}} ({error!r})')
+                malformed(path, number, f'it is not {{"id": …, "vector": [numbers]}} ({error!r})')
             if vectors[-1].shape != vectors[0].shape or vectors[-1].ndim != 1:
-                _malformed(path, number, f"its vector has shape {vectors[-1].shape}")
+                malformed(path, number, f"its vector has shape {vectors[-1].shape}")
     if not vectors:
         raise DataError(f"{path} has no rows")
-    return ids, _float32(np.stack(vectors))
+    return ids, as_float32(np.stack(vectors))
 
 
-def _float32(array: NDArray[Any]) -> Vectors:
+def as_float32(array: NDArray[Any]) -> Vectors:
+    """Return numbers as float32, without noise where they are too large for it."""
     # A float64 beyond float32 becomes infinite, and such queries are skipped and counted.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype=np.float32)

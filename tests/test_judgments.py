@@ -283,6 +283,22 @@ def test_options_that_do_not_belong_together(
         at.read(**{k: None if v is None else at.path / v for k, v in given.items()})
 
 
+def test_judgments_may_come_from_elsewhere(at: Folder) -> None:
+    files = JudgmentFiles(
+        queries=at.npy("q.npy", VECTORS),
+        query_ids=at.text("q.txt", "q0\nq1\nq2\n"),
+        doc_ids=at.text("d.txt", "a\nb\n"),
+    )
+    found = read_judgments(files, more=True)
+    assert queries(found).qrels is None
+    assert found.doc_ids is not None
+    with pytest.raises(ConfigError, match="--queries needs --qrels"):
+        read_judgments(files)
+    nameless = JudgmentFiles(queries=at.path / "q.npy")
+    with pytest.raises(ConfigError, match="give --query-ids, one id a line"):
+        read_judgments(nameless, more=True)
+
+
 def test_label_counts_must_fit(at: Folder) -> None:
     with pytest.raises(DataError, match="2 labels for 3 queries"):
         read_judgments(

@@ -16,6 +16,8 @@ HEAVY = (
     "pyarrow",
     "ir_measures",
     "sklearn",
+    "prometheus_client",
+    "pythonjsonlogger",
 )
 
 
@@ -35,7 +37,17 @@ def test_all_is_the_public_surface() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["simskip_vdb", "simskip_vdb.cli", "simskip_vdb.connectors", "simskip_vdb.refiner"]
+    "module",
+    [
+        "simskip_vdb",
+        "simskip_vdb.cli",
+        "simskip_vdb.clicks",
+        "simskip_vdb.connectors",
+        "simskip_vdb.jobs",
+        "simskip_vdb.logs",
+        "simskip_vdb.metrics",
+        "simskip_vdb.refiner",
+    ],
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     done = python(f"import sys, {module}; print(*sys.modules)")
