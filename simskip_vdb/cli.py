@@ -12,11 +12,12 @@ from typing import Any
 
 import click
 
-from simskip_vdb import __version__
+from simskip_vdb import __version__, logs
 from simskip_vdb import options as shared
 from simskip_vdb.bars import Bars
 from simskip_vdb.errors import ConfigError, SimskipError
 from simskip_vdb.judgments import RULES
+from simskip_vdb.pace import Pace, stops_on_sigterm
 
 INTERRUPTED = 130
 
@@ -53,11 +54,7 @@ def cli(verbose: bool) -> None:
     qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME where vectors have
     names.
     """
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(levelname)s %(message)s",
-    )
+    logs.configure(logging.INFO if verbose else logging.WARNING)
 
 
 def main() -> None:
@@ -228,8 +225,8 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     from simskip_vdb.report import render
 
     store, judgments, settings = _prepare(index, options, read_only=bool(options.get("dry_run")))
-    with Bars() as bars:
-        report = pipeline.refine(store, judgments, settings, progress=bars)
+    with stops_on_sigterm() as stop, Bars() as bars:
+        report = pipeline.refine(store, judgments, settings, progress=Pace(bars, stop=stop))
     _print(report.to_dict(), render, as_json)
     return report.exit_code
 
@@ -258,7 +255,7 @@ def rollback(
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_rollback
 
-    with Bars() as bars:
+    with stops_on_sigterm() as stop, Bars() as bars:
         store = open_store(
             index,
             filter=filter,
@@ -266,7 +263,7 @@ def rollback(
             originals=originals,
             originals_ids=originals_ids,
         )
-        result = upkeep.rollback(store, state=state, progress=bars)
+        result = upkeep.rollback(store, state=state, progress=Pace(bars, stop=stop))
     _print(result, render_rollback, as_json)
 
 
@@ -291,16 +288,81 @@ def status(index: str, filter: str | None, state: Path | None, as_json: bool) ->
     is_flag=True,
     help="Also remove the file from before; rollback then restores rows, not the very file.",
 )
+@click.option(
+    "--runs", type=click.IntRange(1), help="Keep the records of so many runs, the last ones."
+)
+@click.option(
+    "--refiners",
+    type=click.IntRange(0),
+    help="Keep so many of the refiners that wrote INDEX before the current one.",
+)
 @shared.state
 @shared.json
-def prune(index: str, filter: str | None, final: bool, state: Path | None, as_json: bool) -> None:  # noqa: A002
+def prune(
+    index: str,
+    filter: str | None,  # noqa: A002 Qdrant's name for it
+    final: bool,
+    runs: int | None,
+    refiners: int | None,
+    state: Path | None,
+    as_json: bool,
+) -> None:
     """Remove refiners and files that INDEX needs neither to go on nor to undo."""
     from simskip_vdb import upkeep
     from simskip_vdb.connectors import open_store
     from simskip_vdb.report import render_prune
 
     store = open_store(index, read_only=True, filter=filter)
-    _print(upkeep.prune(store, state=state, final=final), render_prune, as_json)
+    done = upkeep.prune(store, state=state, final=final, runs=runs, refiners=refiners)
+    _print(done, render_prune, as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--check", is_flag=True, help="Only check the job file, all of it.")
+@click.option("--only", metavar="NAME", multiple=True, help="Run this job; may be repeated.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Show what each job would do, how long it would take and what it would cost; write "
+    "nothing, read no test query.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How log lines look on stderr.",
+)
+@shared.json
+def nightly(
+    jobs: Path, check: bool, only: tuple[str, ...], dry_run: bool, log_format: str, as_json: bool
+) -> int:
+    r"""Look after many indexes, as the file JOBS describes them.
+
+    Each job refines what is new, fits again when rows or queries have drifted, judgments came or
+    the last fit is old, and lets a new refiner take over only if it beats the current one on
+    held-out queries. docs/nightly.md describes the file, and has recipes for cron and others.
+
+    \b
+    simskip nightly jobs.toml --check
+    simskip nightly jobs.toml --log-format json
+    """
+    from simskip_vdb.jobs import read_jobs
+    from simskip_vdb.nightly import render_nightly, run_nightly
+
+    if log_format == "json":
+        logs.configure(logging.getLogger().level, "json")
+    found = read_jobs(jobs, only)
+    if check:
+        names = [job.name for job in found.jobs]
+        result: Mapping[str, Any] = {"schema": 1, "jobs": names, "problems": 0}
+        _print(result, lambda _: f"{jobs}: {len(names)} jobs, no problems", as_json)
+        return 0
+    with stops_on_sigterm() as stop, Bars() as bars:
+        result = run_nightly(found, dry_run=dry_run, stop=stop, progress=bars)
+    _print(result, render_nightly, as_json)
+    return int(result["exit_code"])
 
 
 def _prepare(

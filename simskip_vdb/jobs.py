@@ -30,13 +30,15 @@ class Jobs:
 
     Attributes:
         path: The file.
-        jobs: In the order of the file, at least one.
+        jobs: Those that are wanted, in the order of the file, at least one.
+        left_out: Names of the others.
         metrics: Where metrics are written for Prometheus.
         cost_per_hour: What an hour of the machine costs, for forecasts.
     """
 
     path: Path
     jobs: tuple[Job, ...]
+    left_out: tuple[str, ...] = ()
     metrics: Path | None = None
     cost_per_hour: float | None = None
 
@@ -116,6 +118,7 @@ def read_jobs(path: Path | str, only: Sequence[str] = ()) -> Jobs:
     return Jobs(
         path=path,
         jobs=tuple(job for job in jobs if not only or job.name in only),
+        left_out=tuple(job.name for job in jobs if only and job.name not in only),
         **{key: found.value for key, found in top.items()},
     )
 

@@ -15,6 +15,7 @@ from simskip_vdb.crossfit import applies
 from simskip_vdb.datatypes import Mask, Progress, Split, silent
 from simskip_vdb.drift import Drift, measure_drift, sampled
 from simskip_vdb.gate import Decision
+from simskip_vdb.job import Refit
 from simskip_vdb.journal import Journal
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.pipeline import (
@@ -43,22 +44,6 @@ from simskip_vdb.writing import finish, interrupted, reindex
 log = logging.getLogger(__name__)
 
 DAY = 86_400.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refit:
-    """When a night fits again.
-
-    Attributes:
-        new_judgments: Part of the queries known at the last fit that new ones, or queries judged
-            anew, must come to.
-        max_age_days: Age of the last fit, days.
-        drift: Whether drift of rows or queries is tested.
-    """
-
-    new_judgments: float = 0.1
-    max_age_days: float = 30.0
-    drift: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

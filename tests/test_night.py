@@ -22,10 +22,11 @@ from simskip_vdb import Refiner, Settings
 from simskip_vdb.attempts import Attempt, judged_digests
 from simskip_vdb.datatypes import Split, silent
 from simskip_vdb.errors import JournalError, StateInUseError, StoppedError
+from simskip_vdb.job import Refit
 from simskip_vdb.journal import Journal
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.measuring import measure
-from simskip_vdb.night import Refit, plan_night, run_night
+from simskip_vdb.night import plan_night, run_night
 from simskip_vdb.refiner import LateRule
 from simskip_vdb.rows import Rows
 from simskip_vdb.runs import Runs
