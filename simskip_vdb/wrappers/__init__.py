@@ -7,7 +7,7 @@
 
 All of them refine queries and nothing else. Documents pass as they are: simskip starts from
 originals, so it would take a refined vector that an application stores for an original, and
-refine it once more. It refines rows that arrive at its next run.
+refine it once more. Its next run decides what becomes of rows that arrive.
 """
 
 from __future__ import annotations

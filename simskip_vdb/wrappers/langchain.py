@@ -23,8 +23,8 @@ except ImportError as error:
 class RefinedEmbeddings(Embeddings):
     """Embeddings whose queries pass through a refiner.
 
-    Documents are embedded as they were before, and stored raw: simskip refines them at its next
-    run, from these originals.
+    Documents are embedded as they were before, and stored raw: simskip starts from originals, and
+    would refine a refined one again.
 
     Attributes:
         embeddings: Embeds queries and documents.

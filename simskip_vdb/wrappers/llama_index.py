@@ -24,9 +24,9 @@ except ImportError as error:
 class RefinedEmbedding(BaseEmbedding):
     """An embedding model whose queries pass through a refiner.
 
-    Texts are embedded as they were before, and stored raw: simskip refines them at its next run,
-    from these originals. A cache, a rate limiter and callbacks belong to the model inside: a cache
-    around this one would give a text's vector to a query with the same words.
+    Texts are embedded as they were before, and stored raw: simskip starts from originals, and
+    would refine a refined one again. A cache, a rate limiter and callbacks belong to the model
+    inside: a cache around this one would give a text's vector to a query with the same words.
 
     Args:
         embed_model: The embedding model that the index was filled by.

@@ -23,8 +23,9 @@ EMBEDDING = "sentence_embedding"
 class RefinerModule(nn.Module):
     """The last module of a SentenceTransformer, which refines what `encode_query` returns.
 
-    What `encode_document` returns passes as it is, and is stored raw: simskip refines it at its
-    next run, from these originals. Computed by numpy on the CPU; no gradient goes through.
+    What `encode_document` returns passes as it is, and is stored raw: simskip starts from
+    originals, and would refine a refined one again. Computed by numpy on the CPU; no gradient
+    goes through.
 
     Attributes:
         refiner: Moves the queries, where it was fitted with side both.
