@@ -113,6 +113,11 @@ class Refiner:
         uses_f = self.alpha != 0 and bool(self.layers)
         return not uses_f and (self.beta == 0 or not len(self.offset_ids))
 
+    @property
+    def moves_queries(self) -> bool:
+        """Whether queries are refined too, not only stored rows."""
+        return self.side is Side.BOTH and self.alpha != 0 and bool(self.layers)
+
     def refine_rows(
         self, vectors: NDArray[Any], ids: Ids, late: NDArray[np.bool_] | None = None
     ) -> Vectors:
@@ -158,7 +163,7 @@ class Refiner:
             DataError: The dimension is not the refiner's.
         """
         x = self._checked(queries)
-        if self.side is Side.DOCS or self.alpha == 0 or not self.layers:
+        if not self.moves_queries:
             return x
         return self._apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
 

@@ -4,25 +4,31 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builders import clusters, random_refiner
+from builders import clusters, flat, random_refiner
 from edge_shards import create, fill, params
+from langchain_core.embeddings import DeterministicFakeEmbedding
+from llama_index.core.embeddings import MockEmbedding
 from script import simskip
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import BoW
 
 from simskip_vdb import cli
-from simskip_vdb.datatypes import Metric
+from simskip_vdb.datatypes import Metric, Side
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SERVICES = (ROOT / "docs" / "services.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,40 @@ def test_readme_python_runs(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for example in examples:
         exec(compile(example, "README.md", "exec"), scope)
     np.testing.assert_array_equal(scope["queries"], scope["raw_queries"])
+
+
+def test_services_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32)
+    flat(tmp_path / "raw.faiss", rows)
+    refiner = random_refiner(16, np.arange(50), side=Side.BOTH)
+    refiner.save("refiner")
+    done = simskip(
+        *shlex.split("refine raw.faiss --refiner refiner --output better.faiss"),
+        "--accept-unmeasured",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("REFINER_REVISION", refiner.id)
+    words = [f"word{i}" for i in range(16)]
+    SentenceTransformer(modules=[BoW(words)], device="cpu").save("encoder")
+    counted = np.eye(16, dtype=np.float32)[[1]] + np.eye(16, dtype=np.float32)[[2]]
+    scope: dict[str, Any] = {
+        "raw_queries": rows,
+        "embeddings": DeterministicFakeEmbedding(size=16),
+        "embed_model": MockEmbedding(embed_dim=16),
+    }
+    examples = blocks("python", SERVICES)
+    assert len(examples) == 7
+    for example in examples[:3]:
+        exec(compile(example, "services.md", "exec"), scope)
+    np.testing.assert_array_equal(scope["query"], refiner(counted)[0])
+    np.testing.assert_array_equal(scope["document"], counted[0])
+    np.testing.assert_array_equal(scope["queries"], refiner(rows))
+    for example in examples[3:]:
+        exec(compile(example, "services.md", "exec"), scope)
+    np.testing.assert_allclose(scope["queries"], refiner(rows), rtol=1e-4, atol=1e-4)
+    assert scope["documents"] == [[0.5] * 16] * 2
 
 
 def test_readme_names_every_command_and_no_other() -> None:
