@@ -292,7 +292,7 @@ class Campaign:
             import_module(module)
         self._first, self._now, self._refiner = work / "first", work / "now", work / "refiner"
         self._first.mkdir(parents=True)
-        fitted = replace(refiner(kind.dim, np.sort(kind.row_ids)[::5], kind.metric), alpha=2.0)
+        fitted = moving(kind)
         fitted.save(self._refiner)
         self._must(lambda: kind.build(self._first))
         self.old = self._read(self._first)
@@ -454,6 +454,13 @@ def in_child(work: Callable[[], object], kill_after: float | None = None) -> int
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def moving(kind: Kind) -> Refiner:
+    """Make a refiner that moves every row by f, and a fifth of them by an offset as well."""
+    made = refiner(kind.dim, np.sort(kind.row_ids)[::5], kind.metric)
+    layers = tuple((weight, bias + np.float32(0.1)) for weight, bias in made.layers)
+    return replace(made, alpha=2.0, layers=layers)
 
 
 def refined(fitted: Refiner, ids: Ids, x: Vectors) -> NDArray[np.float64]:
