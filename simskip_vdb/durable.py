@@ -62,7 +62,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StoreError(
-            f"{path}: {error.strerror or error}; nothing was changed. "
+            f"{path}: {error.strerror or error}; it is as it was. "
             "Free space or allow writing in its folder, then run the same command"
         ) from error
 

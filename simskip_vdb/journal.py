@@ -20,6 +20,7 @@ decided by looking at the index: at its file, or, where rows are written one by 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import uuid
@@ -37,6 +38,8 @@ from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StateInUseError, StoreError
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 KNOWN = "known.arrow"
@@ -117,6 +120,7 @@ class Journal:
         self._info = info
         self._lock: Any = None
         self.scanned: FileRef | None = None
+        self._sure = True  # that the manifest on disk is the one in memory
         self.manifest = self._read_manifest()
 
     def __enter__(self) -> Journal:
@@ -138,8 +142,12 @@ class Journal:
                 f"cannot write the state folder {self.folder}: {error}; "
                 "choose another with --state DIR"
             ) from error
-        self.manifest = self._read_manifest()
-        self._sweep()
+        try:
+            self.manifest = self._read_manifest()
+            self._sweep()
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(
@@ -149,8 +157,10 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.scanned = None
-        self._sweep()
-        self._lock.release()
+        try:
+            self._sweep()
+        finally:
+            self._lock.release()
 
     @property
     def refiners(self) -> Path:
@@ -337,9 +347,11 @@ class Journal:
         self._update(copy_of=source, current=write)
 
     def _update(self, **changes: Any) -> None:  # noqa: ANN401 fields of Manifest
-        self.manifest = replace(self.manifest, **changes)
-        data = {"schema": SCHEMA, **asdict(self.manifest)}
+        manifest = replace(self.manifest, **changes)
+        data = {"schema": SCHEMA, **asdict(manifest)}
+        self._sure = False
         write_durably(self.folder / "manifest.json", json.dumps(data, indent=1).encode())
+        self.manifest, self._sure = manifest, True
 
     def _read_manifest(self) -> Manifest:
         path = self.folder / "manifest.json"
@@ -407,7 +419,13 @@ class Journal:
         return FileRef(name=name, sha256=digest, rows=rows)
 
     def _sweep(self) -> None:
-        """Delete what a killed run or a finished write left unnamed."""
+        """Delete what a killed run or a finished write left unnamed.
+
+        Not where the manifest could not be written: the one on disk may name other files. What
+        cannot be deleted now is deleted another time.
+        """
+        if not self._sure:
+            return
         manifest = self.manifest
         refs = [self.scanned]
         for write in (manifest.current, manifest.pending):
@@ -416,7 +434,10 @@ class Journal:
         named = {ref.name for ref in refs if ref is not None}
         for file in self.folder.iterdir():
             if OURS.fullmatch(file.name) and file.name not in named and file.is_file():
-                file.unlink()
+                try:
+                    file.unlink()
+                except OSError as error:
+                    log.info("%s cannot be removed: %s", file, error)
 
 
 def _still_there(uri: str) -> bool:

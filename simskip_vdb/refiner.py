@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
+from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.markers import marker_of
 from simskip_vdb.store import VectorStore
@@ -193,11 +194,15 @@ class Refiner:
     def save(self, folder: Path | str) -> None:
         """Write the refiner to two files in `folder`, which is made if need be.
 
+        Each is replaced whole: the same refiner, saved again, is there at any instant.
+
         Args:
             folder: Receives ``refiner.safetensors`` and ``refiner.json``.
+
+        Raises:
+            StoreError: The folder cannot be written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, NDArray[Any]] = {"offsets": np.ascontiguousarray(self.offsets)}
         tensors["offset_ids"] = _ids_to_numbers(self.offset_ids)
         tensors["fitted_on"], tensors["chosen_on"] = self.fitted_on, self.chosen_on
@@ -217,9 +222,9 @@ class Refiner:
             "offset_ids": self.offset_ids.dtype.str,
             "info": dict(self.info),
         }
-        safetensors.numpy.save_file(tensors, folder / WEIGHTS_FILE)
+        write_durably(folder / WEIGHTS_FILE, safetensors.numpy.save(tensors))
         text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (folder / SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+        write_durably(folder / SETTINGS_FILE, f"{text}\n".encode())
 
     @classmethod
     def load(cls, folder: Path | str) -> Refiner:

@@ -15,7 +15,7 @@ import numpy as np
 
 from simskip_vdb.config import FitSettings
 from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
-from simskip_vdb.durable import write_durably
+from simskip_vdb.durable import disk_errors, write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
     DEFAULT_MEASURES,
@@ -396,7 +396,9 @@ def forget_elsewhere(usual: Path | None) -> None:
     if usual is None:
         return
     pointer = usual / POINTER
-    pointer.unlink(missing_ok=True)
+    if pointer.is_file():
+        with disk_errors(pointer):
+            pointer.unlink()
     with suppress(OSError):  # not there, or not empty
         pointer.parent.rmdir()
 

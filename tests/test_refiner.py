@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -282,3 +284,20 @@ def test_files_hold_no_pickle(tmp_path: Path, refiner: Refiner) -> None:
     ]
     assert json.loads((tmp_path / "refiner.json").read_text())["schema"] == 1
     assert (tmp_path / "refiner.safetensors").read_bytes()[8:9] == b"{"
+
+
+def test_saving_again_where_nothing_fits_leaves_what_was_saved(tmp_path: Path) -> None:
+    made = random_refiner(16, np.arange(200))
+    made.save(tmp_path / "r")
+    code = (
+        "import resource, sys; from simskip_vdb import Refiner;"
+        "made = Refiner.load(sys.argv[1]);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500));"
+        "made.save(sys.argv[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "r"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "StoreError" in done.stderr
+    assert Refiner.load(tmp_path / "r").id == made.id
