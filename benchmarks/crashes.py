@@ -25,9 +25,9 @@ from typing import Any
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # a fork keeps no thread
     os.environ[_name] = "1"
 
-import machine
-import numpy as np
-from killing import COMMANDS, KINDS, REFINE, STAGES, Campaign
+import machine  # noqa: E402
+import numpy as np  # noqa: E402
+from killing import COMMANDS, KINDS, REFINE, STAGES, Campaign  # noqa: E402
 
 
 def main() -> int:

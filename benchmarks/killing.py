@@ -93,7 +93,7 @@ class Kind(ABC):
     def vectors(self) -> Vectors:
         """The vectors that an index is built of, unit length."""
         x = np.random.default_rng(5).standard_normal((self.rows, self.dim))
-        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+        return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
 
     @abstractmethod
     def uri(self, folder: Path) -> str:

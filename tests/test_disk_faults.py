@@ -78,7 +78,9 @@ class Index:
 
 
 @contextmanager
-def failing(folder: Path, at: int, error: int, *, lasting: bool) -> Iterator[list[str]]:
+def failing(  # noqa: C901 one small function for each way to a disk
+    folder: Path, at: int, error: int, *, lasting: bool
+) -> Iterator[list[str]]:
     """Let the operation of that number on files below a folder fail; yield the names of failures.
 
     Opening for writing and the first write count as operations; with `lasting`, so does every one
@@ -116,7 +118,7 @@ def failing(folder: Path, at: int, error: int, *, lasting: bool) -> Iterator[lis
             return real_open(place, mode, *args, **kwargs)
         if due("open", place):
             raise broken()
-        file = real_open(place, mode, *args, **kwargs)
+        file: Any = real_open(place, mode, *args, **kwargs)
         if due("write", place):
             file.close()
             file = Full(broken)
@@ -181,9 +183,8 @@ def test_a_disk_that_fails_at_any_operation(
         index.renew()
         if command == "rollback":
             index.refine()
-        with failing(index.now, at, error, lasting=lasting) as failed:
-            with suppress(SimskipError):
-                getattr(index, command)()
+        with failing(index.now, at, error, lasting=lasting) as failed, suppress(SimskipError):
+            getattr(index, command)()
         if not failed:
             break
         assert (index.is_old() | index.is_new()).all(), (at, failed)
