@@ -82,8 +82,8 @@ class World:
 
     def add(self, count: int, *, drifted: bool) -> None:
         groups = self.rng.integers(0, GROUPS, count)
-        rows = self.centres[groups] + 0.5 * self.rng.normal(size=(count, DIM))
-        rows = unit(rows + (1.5 * self.drift if drifted else 0))
+        spread = self.centres[groups] + 0.5 * self.rng.normal(size=(count, DIM))
+        rows = unit(spread + (1.5 * self.drift if drifted else 0))
         ids = np.arange(self.next_row, self.next_row + count).tolist()
         self.next_row += count
         self.group |= dict(zip(ids, groups.tolist(), strict=True))

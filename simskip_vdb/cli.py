@@ -223,10 +223,13 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     """
     from simskip_vdb import pipeline
     from simskip_vdb.report import render
+    from simskip_vdb.upkeep import leave_page
 
     store, judgments, settings = _prepare(index, options, read_only=bool(options.get("dry_run")))
     with stops_on_sigterm() as stop, Bars() as bars:
         report = pipeline.refine(store, judgments, settings, progress=Pace(bars, stop=stop))
+        if not settings.dry_run:
+            leave_page(store, settings.state)
     _print(report.to_dict(), render, as_json)
     return report.exit_code
 
@@ -264,6 +267,7 @@ def rollback(
             originals_ids=originals_ids,
         )
         result = upkeep.rollback(store, state=state, progress=Pace(bars, stop=stop))
+        upkeep.leave_page(store, state)
     _print(result, render_rollback, as_json)
 
 
@@ -315,6 +319,41 @@ def prune(
     store = open_store(index, read_only=True, filter=filter)
     done = upkeep.prune(store, state=state, final=final, runs=runs, refiners=refiners)
     _print(done, render_prune, as_json)
+
+
+@cli.command()
+@shared.index
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The page; by default report.html in the state folder.",
+)
+@click.option("--markdown", is_flag=True, help="Print a short summary instead, for a chat.")
+@shared.state
+def report(
+    index: str,
+    filter: str | None,  # noqa: A002 Qdrant's name for it
+    out: Path | None,
+    markdown: bool,
+    state: Path | None,
+) -> None:
+    """Write the page about INDEX's last run, with the history of all, and print where it is.
+
+    Each refine, rollback and night leaves this page in the state folder; this makes it again.
+    """
+    from simskip_vdb import upkeep
+    from simskip_vdb.connectors import open_store
+    from simskip_vdb.durable import write_durably
+    from simskip_vdb.workspace import state_folder
+
+    store = open_store(index, read_only=True, filter=filter)
+    text = upkeep.report(store, state=state, markdown=markdown)
+    if markdown:
+        click.echo(text)
+        return
+    path = out or state_folder(store, state) / upkeep.PAGE
+    write_durably(path, text.encode())
+    click.echo(path)
 
 
 @cli.command(epilog=EXIT_CODES)

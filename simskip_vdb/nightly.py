@@ -26,7 +26,7 @@ from simskip_vdb.pipeline import Settings
 from simskip_vdb.report import table
 from simskip_vdb.runs import Runs, forecast, record
 from simskip_vdb.store import VectorStore
-from simskip_vdb.upkeep import prune
+from simskip_vdb.upkeep import leave_page, prune
 from simskip_vdb.workspace import state_folder
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ def _run(job: Job, jobs: Jobs, dry_run: bool, stop: Event, progress: Progress) -
         found = run_night(store, judgments, settings, job.refit, progress=pace)
         keep = job.retention
         prune(store, state=job.state, runs=keep.runs, refiners=keep.refiners)
+        leave_page(store, job.state)
         return _finished(job, store, found)
     except StateInUseError as error:
         return _result(job, STEPPED_ASIDE, 0, messages=[str(error)])

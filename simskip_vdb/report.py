@@ -11,6 +11,10 @@ from typing import Any
 from simskip_vdb.gate import MIN_QUERIES, Decision
 
 REFUSED = 3
+LATE_RULES = {"raw": "left raw", "f": "refined by f"}
+"""What becomes of rows that arrive after a fit, in words."""
+IN_THE_INDEX = ("in-place", "new-vector", "new-collection")
+"""Modes of a write that `rollback` undoes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +178,34 @@ def number(value: float) -> str:
     return f"{value:.4f}".replace("0.", ".", 1) if 0 <= value < 1 else f"{value:.4f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Write a difference with its sign, four decimals and no leading zero."""
     return f"{value:+.4f}".replace("+0.", "+.").replace("-0.", "-.")
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """Write an interval of differences; empty where there is none."""
+    return "" if bounds is None else f"{signed(bounds[0])} to {signed(bounds[1])}"
+
+
+def compared(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a comparison as cells: before, after, delta, interval, wins, ties, losses."""
+    return (
+        name,
+        number(found["before"]),
+        number(found["after"]),
+        signed(found["delta"]),
+        interval(found["ci95"]),
+        str(found["wins"]),
+        str(found["ties"]),
+        str(found["losses"]),
+    )
+
+
+def change(found: Mapping[str, float]) -> str:
+    """Write before and after, either of which may not have been measured."""
+    before, after = (number(found[when]) if when in found else "–" for when in ("before", "after"))
+    return f"{before} → {after}"
 
 
 def _heading(report: Mapping[str, Any]) -> str:
@@ -198,10 +228,12 @@ def _heading(report: Mapping[str, Any]) -> str:
 def _measures(report: Mapping[str, Any]) -> str:
     if not report["measures"]:
         return ""
-    rows = [_row(name, found) for name, found in report["measures"].items()]
+    rows = [compared(name, found) for name, found in report["measures"].items()]
     strata = {name: found for name, found in report["strata"].items() if found is not None}
     if len(strata) > 1:
-        rows += [_row(f"  {name} ({found['queries']})", found) for name, found in strata.items()]
+        rows += [
+            compared(f"  {name} ({found['queries']})", found) for name, found in strata.items()
+        ]
     header = ("exact search", "before", "after", "delta", "95 % interval", "wins", "ties", "losses")
     look = f", look {report['gate']['look']}" if report["gate"] and report["gate"]["look"] else ""
     title = f"{report['split']} queries{look}; the gate judges {report['measure']}"
@@ -211,20 +243,6 @@ def _measures(report: Mapping[str, Any]) -> str:
         if found["queries"] < MIN_QUERIES
     ]
     return "\n".join([title, table(header, rows), *few])
-
-
-def _row(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    interval = found["ci95"]
-    return (
-        name,
-        number(found["before"]),
-        number(found["after"]),
-        _signed(found["delta"]),
-        "" if interval is None else f"{_signed(interval[0])} to {_signed(interval[1])}",
-        str(found["wins"]),
-        str(found["ties"]),
-        str(found["losses"]),
-    )
 
 
 def _regressions(report: Mapping[str, Any]) -> str:
@@ -238,25 +256,19 @@ def _regressions(report: Mapping[str, Any]) -> str:
 def _findings(report: Mapping[str, Any]) -> str:
     lines = []
     for name, found in report["through_index"].items():
-        lines.append(f"through the index: {name} {_change(found)}")
+        lines.append(f"through the index: {name} {change(found)}")
     ann = report["ann_recall"]
     if ann is not None:
-        lines.append(f"ann_recall@10: {_change(ann)}")
+        lines.append(f"ann_recall@10: {change(ann)}")
     late = report["late_rows"]
     if late is not None:
-        rule = {"raw": "left raw", "f": "refined by f"}[late["rule"]]
+        rule = LATE_RULES[late["rule"]]
         verdict = "fair" if late["fair"] else "not fair"
         shares = f"{late['before']:.1%} → {late['after']:.1%}"
         lines.append(f"late rows ({rule}): {shares} of the top 10, {verdict}")
     if report["group_overlap"] is not None:
         lines.append(f"order inside groups: top-10 overlap {report['group_overlap']:.2f}")
     return "\n".join(lines)
-
-
-def _change(found: Mapping[str, float]) -> str:
-    """Write before and after, either of which may not have been measured."""
-    before, after = (number(found[when]) if when in found else "–" for when in ("before", "after"))
-    return f"{before} → {after}"
 
 
 def _forecast(report: Mapping[str, Any]) -> str:
@@ -295,7 +307,7 @@ def _outcome(report: Mapping[str, Any]) -> str:
             )
             lines += [f"  - {reason}" for reason in gate["reasons"]]
     lines += [f"note: {note}" for note in report["notes"]]
-    if written is not None and written["mode"] in ("in-place", "new-vector", "new-collection"):
+    if written is not None and written["mode"] in IN_THE_INDEX:
         lines += _written(report["index"], written)
     if written is not None and written["mode"] == "copy":
         lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")
@@ -326,10 +338,9 @@ def _written(index: str, written: Mapping[str, Any]) -> list[str]:
 def _gain(current: Mapping[str, Any]) -> str:
     if current.get("evidence") != "measured":
         return "not measured: written on request (--accept-unmeasured)"
-    low, high = current["ci95"]
     return (
         f"{current['measure']} {number(current['before'])} → {number(current['after'])} "
-        f"({_signed(low)} to {_signed(high)}) on {current['queries']} held-out queries"
+        f"({interval(current['ci95'])}) on {current['queries']} held-out queries"
     )
 
 

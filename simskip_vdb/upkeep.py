@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from simskip_vdb.attempts import Attempt
 from simskip_vdb.datatypes import Progress, silent
-from simskip_vdb.errors import ConfigError
+from simskip_vdb.durable import write_durably
+from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.ledger import Ledger
+from simskip_vdb.pages import render_markdown, render_page
 from simskip_vdb.reindex import fingerprint, recover
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
-from simskip_vdb.runs import Runs
+from simskip_vdb.runs import Runs, record
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
 from simskip_vdb.workspace import check_marker, forget_elsewhere, state_folder
+
+log = logging.getLogger(__name__)
+
+PAGE = "report.html"
 
 
 def rollback(
@@ -40,11 +48,21 @@ def rollback(
     folder, info = state_folder(store, state), store.info()
     if not (folder / "manifest.json").is_file():
         raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
+    start = time.perf_counter()
     with Journal(folder, info) as journal:
         check_marker(store, journal)
         recover(store, journal)
         done = roll_back(store, journal, progress)
         forget_elsewhere(info.state)
+        counted = {"total": done.restored + done.kept, "new": 0, "changed": 0, "deleted": 0}
+        found = record(
+            "rollback",
+            "restored",
+            info.uri,
+            rows={**counted, "written": done.restored},
+            seconds={"write": time.perf_counter() - start},
+        )
+        Runs(folder).add(found)
     return {
         "schema": 1,
         "index": info.uri,
@@ -154,6 +172,36 @@ def prune(
         "left": left,
         "notes": notes,
     }
+
+
+def report(store: VectorStore, *, state: Path | None = None, markdown: bool = False) -> str:
+    """Return the page about an index's last run, with the history of all; or a summary of it.
+
+    Args:
+        store: The index.
+        state: Its state folder, if not the usual one.
+        markdown: A short summary in Markdown, instead of a page of HTML.
+
+    Raises:
+        ConfigError: No run has left a record.
+        JournalError: A record is damaged.
+        MissingDependencyError: The extra ``report`` is not installed.
+    """
+    runs = Runs(state_folder(store, state)).read()
+    if not runs:
+        raise ConfigError(f"{store.info().uri}: no run has left a record to report about")
+    return render_markdown(runs[-1]) if markdown else render_page(runs)
+
+
+def leave_page(store: VectorStore, state: Path | None = None) -> None:
+    """Put the page of `report` into the state folder, where its extra is installed."""
+    folder = state_folder(store, state)
+    try:
+        page = report(store, state=state)
+    except (MissingDependencyError, ConfigError) as error:
+        log.info("no page was left: %s", error)
+        return
+    write_durably(folder / PAGE, page.encode())
 
 
 def is_as_written(store: VectorStore, journal: Journal, current: Write) -> bool:
