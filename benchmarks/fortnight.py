@@ -34,7 +34,7 @@ from simskip_vdb.report import table
 from simskip_vdb.rows import row_digests
 
 SIMSKIP = Path(sys.executable).with_name("simskip")
-DIM, GROUPS, ASKED = 64, 2000, 8
+DIM, GROUPS, POPULAR, CLICKED = 64, 300, 12, 8
 GROWTH, CHANGED, DELETED = 0.02, 0.002, 0.001
 DRIFTS_FROM, BY_LOT, ROLLED_BACK = 7, 9, 11
 KILLED = (3, 6, 12)
@@ -115,7 +115,7 @@ class World:
         self.click(QUERIES_A_DAY)
 
     def click(self, count: int, *, by_lot: bool = False) -> Path:
-        """Let people ask and click; by lot, what they click has nothing to do with the query."""
+        """Let people ask and click what is popular; by lot, of another group than the query's."""
         members: dict[int, list[int]] = {}
         for row, group in self.group.items():
             members.setdefault(group, []).append(row)
@@ -125,7 +125,7 @@ class World:
             asked = self.centres[group] + self.shift + 0.5 * self.rng.normal(size=DIM)
             vector = unit(asked[None])[0].tolist()
             source = int(self.rng.choice(list(members))) if by_lot else group
-            docs = self.rng.permutation(members[source])[:ASKED].tolist()
+            docs = self.rng.permutation(sorted(members[source])[:POPULAR])[:CLICKED].tolist()
             name = f"q{self.next_query}"
             self.next_query += 1
             lines.append(
@@ -156,7 +156,7 @@ class World:
 
     @property
     def state(self) -> Path:
-        return self.folder / "shard.simskip"
+        return self.folder / "shard.simskip" / "unnamed"
 
 
 def unit(x: NDArray[Any]) -> Vectors:
@@ -320,6 +320,9 @@ def finish(world: World, last: dict[str, Any]) -> None:
     if "<script" in page.read_text() or "shard" not in page.read_text():
         last["broken"].append("the report is not what it should be")
     shutil.copy(page, Path(tempfile.gettempdir()) / "fortnight.html")
+    if refiner_of(world) is None:
+        last["broken"].append("nothing was ever refined")
+        return
     simskip("rollback", "qdrant-edge:shard", cwd=world.folder)
     last["broken"] += [f"at the end, {what}" for what in unlike(world, None)]
 

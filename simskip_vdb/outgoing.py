@@ -24,12 +24,13 @@ class Written:
     """What a write did.
 
     Attributes:
-        rows: Rows whose vector changed.
+        rows: Rows that hold another vector than their original.
         skipped: Rows left as they were.
         mode: ``in-place``, ``new-vector``, ``new-collection``, ``copy``, ``restored`` or ``none``.
         theirs: Rows of the skipped ones that the application changed meanwhile.
         gone: Rows that the application removed meanwhile.
         target: Name of the new vector or collection; empty where there is none.
+        sent: Rows of those that this run had to write.
     """
 
     rows: int
@@ -38,6 +39,7 @@ class Written:
     theirs: int = 0
     gone: int = 0
     target: str = ""
+    sent: int = 0
 
     @classmethod
     def none(cls) -> Written:

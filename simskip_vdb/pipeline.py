@@ -235,7 +235,7 @@ def record_of(
     **parts: Any,  # noqa: ANN401
 ) -> dict[str, Any]:
     """Describe a run for the state; `rows` are what `changes` counted before it."""
-    written = 0 if report.written is None else report.written["rows"]
+    written = 0 if report.written is None else report.written["sent"]
     return record(
         action,
         outcome,

@@ -176,6 +176,7 @@ class Sending:
             theirs=read.theirs,
             gone=read.gone,
             target=self._target.name,
+            sent=int(self._sent.sum()),
         )
 
     def refined(self, ids: Ids) -> Vectors:

@@ -96,7 +96,8 @@ def queries_phrase(run: Run) -> str:
 
 def rows_written(run: Run) -> int:
     """Return how many rows got another vector."""
-    return int(written_of(run).get("rows") or (run.get("rows") or {}).get("written") or 0)
+    counted = run.get("rows") or written_of(run)
+    return int(counted.get("written", counted.get("rows", 0)))
 
 
 def rows_total(run: Run) -> int | None:

@@ -122,7 +122,7 @@ def write(
             journal.settle(happened=False)
         raise
     journal.settle(happened=True)
-    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="in-place")
+    return _outcome(outgoing, rows, "in-place")
 
 
 def _all_there(found: Snapshot, refine: Refine) -> bool:
@@ -155,7 +155,12 @@ def write_copy(
         accept(candidate)
 
     store.write_copy(outgoing.batches(), check, output=output)
-    return Written(rows=outgoing.moved, skipped=len(rows) - outgoing.moved, mode="copy")
+    return _outcome(outgoing, rows, "copy")
+
+
+def _outcome(outgoing: Outgoing, rows: Rows, mode: str) -> Written:
+    moved = outgoing.moved
+    return Written(rows=moved, skipped=len(rows) - moved, mode=mode, sent=moved)
 
 
 def rollback(store: FileStore, journal: Journal, progress: Progress = silent) -> RolledBack:

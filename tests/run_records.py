@@ -127,7 +127,7 @@ def written(rows: int = 3633, mode: str = "in-place", **parts: object) -> dict[s
     }
 
 
-def refused(after: float = 0.3189, **parts: Any) -> dict[str, Any]:
+def refused(after: float = 0.3189, **parts: Any) -> dict[str, Any]:  # noqa: ANN401 of `report`
     """Return the report of a refinement that the gate refused for two reasons."""
     reasons = ["could be chance: p is 0.21", "nDCG@10 of unseen queries falls by 0.0140"]
     return report(

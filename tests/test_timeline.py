@@ -53,7 +53,7 @@ def test_the_history_starts_with_the_latest_run() -> None:
         ".4221",
         "–",
         "3,983",
-        "3,633",
+        "3,983",
         "e8de65322a96",
     )
     assert table.rows[-1][2:4] == ("written, new refiner", ".4121")
