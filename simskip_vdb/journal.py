@@ -10,6 +10,7 @@ A state folder holds
     kept-*                 the index file as it was before the first write
     refiners/ID/           fitted refiners, and which rows each knows (known.arrow)
     ledger.json            splits of queries, and looks at the test queries
+    lock, holder           held while a run goes on, and by which process
 
 Files are named by their content's hash, written whole, fsynced, and only then named in the
 manifest; so at any instant the manifest points to complete files. A write to the index is announced
@@ -22,9 +23,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from glob import glob
 from itertools import chain
@@ -42,7 +45,7 @@ from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-KNOWN = "known.arrow"
+KNOWN, HOLDER = "known.arrow", "holder"
 IN_PLACE, NEW_VECTOR, NEW_COLLECTION = "in-place", "new-vector", "new-collection"
 OURS = re.compile(r"(originals|written|before)(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}")
 """Names of files that may be deleted; a state folder may be one that holds other things."""
@@ -135,7 +138,8 @@ class Journal:
             self._lock.acquire()
         except filelock.Timeout:
             raise StateInUseError(
-                f"another run holds {self.folder}; wait for it to end, then run the same command"
+                f"another run{self._holder()} holds {self.folder}; wait for it to end, then run the "
+                "same command"
             ) from None
         except OSError as error:
             raise StoreError(
@@ -143,6 +147,8 @@ class Journal:
                 "choose another with --state DIR"
             ) from error
         try:
+            with suppress(OSError):  # only for people
+                (self.folder / HOLDER).write_text(f"{os.getpid()} on {platform.node()}")
             self.manifest = self._read_manifest()
             self._sweep()
         except BaseException:
@@ -161,6 +167,12 @@ class Journal:
             self._sweep()
         finally:
             self._lock.release()
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {(self.folder / HOLDER).read_text(encoding='utf-8')})"
+        except (OSError, ValueError):
+            return ""
 
     @property
     def refiners(self) -> Path:

@@ -88,6 +88,7 @@ def snapshot(
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
     total = store.info().count
+    sha256 = store.sha256() if isinstance(store, FileBacked) else ""
     true = TrueRows(store, our_rows(past or journal, store))
     digests = [np.empty(0, np.uint64)]
     columns: dict[str, list[Any]] = {name: [] for name in fields}
@@ -114,7 +115,7 @@ def snapshot(
             f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
             "could not be restored by its id. Give every row an id of its own and rebuild the index"
         )
-    return Snapshot(rows, np.concatenate(digests), np.concatenate(ours), columns)
+    return Snapshot(rows, np.concatenate(digests), np.concatenate(ours), columns, sha256)
 
 
 def write(

@@ -27,12 +27,14 @@ class Snapshot(NamedTuple):
         digests: Digest of every row as it was read, shape (n,).
         ours: Which of them we wrote, and nobody changed since, shape (n,).
         columns: Payload columns that were asked for, each of length n.
+        sha256: Hash of the file before it was read; empty where the store is no file.
     """
 
     rows: Rows
     digests: Digests
     ours: Mask
     columns: Mapping[str, list[Any]]
+    sha256: str = ""
 
 
 class Read(NamedTuple):

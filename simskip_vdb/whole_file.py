@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
-from simskip_vdb.errors import JournalError
+from simskip_vdb.errors import JournalError, StoreChangedError
 from simskip_vdb.journal import FileRef, Journal, Write
 from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, OurRows, TrueRows
@@ -78,9 +78,15 @@ def write(
 
     Raises:
         VerificationError: The candidate does not hold what was written; nothing was swapped.
-        StoreError: Writing failed, or the file changed meanwhile; nothing was swapped.
+        StoreChangedError: The file changed since it was read; it was left as it is.
+        StoreError: Writing failed; nothing was swapped.
     """
-    before = store.sha256()
+    before = found.sha256
+    if store.sha256() != before:  # by its bytes: clocks are set back, and files are restored
+        raise StoreChangedError(
+            f"{store.info().uri}: somebody else wrote to it since it was read; it was left as it "
+            "is. Run the command again"
+        )
     current = journal.manifest.current
     if current is None:
         kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)

@@ -28,6 +28,8 @@ class Server:
         status: What it says of the optimisers, one after the other; then ``green``.
         seen: Method and path of every request, with its body.
         watch: Hears of every request.
+        fault: Asked before each request, by method with path and by body; what it returns is
+            answered instead, and what it raises is what the client's transport raises.
     """
 
     def __init__(self, version: str = "1.20.1") -> None:
@@ -37,6 +39,7 @@ class Server:
         self.status: list[str] = []
         self.seen: list[tuple[str, Any]] = []
         self.watch: Callable[[httpx.Request], None] = lambda request: None
+        self.fault: Callable[[str, Any], httpx.Response | None] = lambda name, body: None
         self._lock = threading.Lock()
         self.client = QdrantClient(
             url="http://qdrant.test:6333",
@@ -58,13 +61,14 @@ class Server:
             self.seen.append((name, body))
             self.watch(request)
             try:
-                return _ok(self._dispatch(name, body))
+                return self.fault(name, body) or _ok(self.carry_out(name, body))
             except (KeyError, ValueError) as error:
                 missing = isinstance(error, KeyError) or "not found" in str(error)
                 answer = {"status": {"error": f"Not found: {error}" if missing else str(error)}}
                 return httpx.Response(404 if missing else 400, json=answer)
 
-    def _dispatch(self, name: str, body: dict[str, Any]) -> Any:  # noqa: ANN401
+    def carry_out(self, name: str, body: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Do what a request asks for, and return what is answered."""
         if name == "GET /":
             return models.VersionInfo(title="qdrant", version=self.version)
         if name == "GET /aliases":
@@ -132,6 +136,13 @@ class Server:
     def _upsert(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
         return self.local.upsert(c, models.PointsList.model_validate(body).points)
 
+    def _annotate(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
+        r = models.SetPayload.model_validate(body)
+        return self.local.set_payload(c, r.payload, r.points)
+
+    def _delete(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
+        return self.local.delete(c, models.PointIdsList.model_validate(body).points)
+
     def _add_vector(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
         config = models.DenseVectorNameConfig.model_validate(body)
         return self.local.create_vector_name(c, names["v"], config)
@@ -152,6 +163,8 @@ _ROUTES: dict[str, Any] = {
     rf"POST {_C}/points/count": Server._count,
     rf"POST {_C}/points/query/batch": Server._query,
     rf"PUT {_C}/points/vectors": Server._vectors,
+    rf"POST {_C}/points/payload": Server._annotate,
+    rf"POST {_C}/points/delete": Server._delete,
     rf"PUT {_C}/vectors/(?P<v>[^/]+)": Server._add_vector,
     rf"DELETE {_C}/vectors/(?P<v>[^/]+)": Server._drop_vector,
 }

@@ -9,72 +9,18 @@ from __future__ import annotations
 import builtins
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import faiss
-import numpy as np
 import pytest
-from killing import Edge, Faiss, Kind, Local, moving
+from small_index import Index
 
-import simskip_vdb as ss
-from simskip_vdb import Settings
 from simskip_vdb.errors import ConfigError, SimskipError
-from simskip_vdb.judgments import Judgments
 
 OPERATIONS = ("replace", "link", "fsync", "unlink", "mkdir", "chmod", "open", "rmdir")
-
-
-class Index:
-    """A small index of a kind, with a refiner, and what it holds before and after."""
-
-    def __init__(self, kind: Kind, folder: Path) -> None:
-        self.kind, self._first, self.now = kind, folder / "first", folder / "now"
-        self._refiner = folder / "refiner"
-        self._first.mkdir()
-        kind.build(self._first)
-        moving(kind).save(self._refiner)
-        self.renew()
-        self.old = self.rows()
-        self.refine()
-        self.new = self.rows()
-        assert not self.is_old().any()
-
-    def renew(self) -> None:
-        shutil.rmtree(self.now, ignore_errors=True)
-        shutil.copytree(self._first, self.now)
-
-    def refine(self) -> None:
-        settings = Settings(refiner=self._refiner, accept_unmeasured=True)
-        self._open(lambda store: ss.refine(store, Judgments(), settings))
-
-    def rollback(self) -> None:
-        self._open(ss.rollback)
-
-    def _open(self, command: Callable[[Any], object]) -> None:
-        store = ss.open_store(self.kind.uri(self.now))
-        try:
-            command(store)
-        finally:
-            if hasattr(store, "close"):
-                store.close()
-
-    def rows(self) -> Any:  # noqa: ANN401 float32, shape (n, d)
-        found = self.kind.read(self.now)
-        np.testing.assert_array_equal(found.ids, self.kind.ids)
-        return found.vectors
-
-    def is_old(self) -> Any:  # noqa: ANN401 bool, shape (n,)
-        return self._near(self.old)
-
-    def is_new(self) -> Any:  # noqa: ANN401 bool, shape (n,)
-        return self._near(self.new)
-
-    def _near(self, rows: Any) -> Any:  # noqa: ANN401
-        return np.abs(self.rows() - rows).max(axis=1) <= self.kind.tolerance
 
 
 @contextmanager
@@ -160,7 +106,6 @@ class Full:
         return lambda *args: None
 
 
-KINDS = {"faiss": (Faiss(), 700), "edge": (Edge(), 60), "local": (Local(), 20)}
 CASES = [
     *(("faiss", error, lasting) for error, lasting in [(errno.ENOSPC, True), (errno.EIO, False)]),
     ("faiss", errno.EROFS, True),
@@ -175,9 +120,7 @@ CASES = [
 def test_a_disk_that_fails_at_any_operation(
     kind: str, error: int, lasting: bool, command: str, tmp_path: Path
 ) -> None:
-    store, rows = KINDS[kind]
-    store.rows, store.dim = rows, 8
-    index = Index(store, tmp_path)
+    index = Index(kind, tmp_path)
     at = 0
     while True:
         index.renew()

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from application import Application, Payload
 from builders import random_refiner
 from engines import ALIAS, DIM, OTHER, VECTOR, Client, Edge, Engine
 from qdrant_client import QdrantClient, models
+from qdrant_server import Server
 
 import simskip_vdb as ss
 from simskip_vdb import Settings
+from simskip_vdb.connectors import qdrant_rows
 from simskip_vdb.datatypes import ID_TEXT, Mask, Metric, VectorBatch, Vectors
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.refiner import Refiner
@@ -80,13 +84,23 @@ class EdgePoints:
         self._shard.update(edge.UpdateOperation.delete_points([point]))
 
 
-@pytest.fixture(params=["edge", "memory"])
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
+@pytest.fixture(params=["edge", "memory", "rest"])
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Engine]:
     if request.param == "edge":
-        return Edge(tmp_path, rows=ROWS)
+        yield Edge(tmp_path, rows=ROWS)
+        return
     client = Client(tmp_path, rows=ROWS)
-    client.client._client = OneAtATime(client.client._client)  # type: ignore[assignment]
-    return client
+    if request.param == "memory":
+        client.client._client = OneAtATime(client.client._client)  # type: ignore[assignment]
+        yield client
+        return
+    monkeypatch.setattr(qdrant_rows, "_POLL_SECONDS", 0)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "user"))
+    with closing(Server()) as server:
+        server.local, client.client = client.client, server.client
+        yield client
 
 
 @pytest.fixture
