@@ -27,7 +27,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # a fork keeps no thr
 
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
-from killing import COMMANDS, KINDS, REFINE, STAGES, Campaign  # noqa: E402
+from killing import KINDS, Campaign, table  # noqa: E402
 
 
 def main() -> int:
@@ -67,26 +67,6 @@ def measure(number: int, options: argparse.Namespace) -> dict[str, Any]:
         "undisturbed_seconds": campaign.seconds,
         "seconds": time.monotonic() - start,
     }
-
-
-def table(stores: dict[str, Any]) -> str:
-    lines = [
-        "| store | rows | killed | " + " | ".join(STAGES) + " | resumed | rolled back | failures |",
-        "|---" * (len(STAGES) + 6) + "|",
-    ]
-    for name, store in stores.items():
-        for command in COMMANDS:
-            fell = store["stages"][command]
-            ended = (store["resumed"], store["rolled_back"], len(store["failures"]))
-            cells = [
-                name if command == REFINE else "",
-                f"{store['rows']:,}" if command == REFINE else "",
-                f"{command} {store['kills'][command]}",
-                *(str(fell[stage]) for stage in STAGES),
-                *(str(number) if command == REFINE else "" for number in ended),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

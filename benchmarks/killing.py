@@ -477,3 +477,24 @@ def refined(fitted: Refiner, ids: Ids, x: Vectors) -> NDArray[np.float64]:
         y = unit + fitted.alpha * h + fitted.beta * offsets.get(name, 0.0)
         out[at] = norm * y / np.sqrt((y**2).sum())
     return out
+
+
+def table(stores: dict[str, Any]) -> str:
+    """Return results of several kinds of stores as a table in Markdown."""
+    lines = [
+        "| store | rows | killed | " + " | ".join(STAGES) + " | resumed | rolled back | failures |",
+        "|---" * (len(STAGES) + 6) + "|",
+    ]
+    for name, store in stores.items():
+        for command in COMMANDS:
+            fell = store["stages"][command]
+            ended = (store["resumed"], store["rolled_back"], len(store["failures"]))
+            cells = [
+                name if command == REFINE else "",
+                f"{store['rows']:,}" if command == REFINE else "",
+                f"{command} {store['kills'][command]}",
+                *(str(fell[stage]) for stage in STAGES),
+                *(str(number) if command == REFINE else "" for number in ended),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

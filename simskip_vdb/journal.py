@@ -138,8 +138,8 @@ class Journal:
             self._lock.acquire()
         except filelock.Timeout:
             raise StateInUseError(
-                f"another run{self._holder()} holds {self.folder}; wait for it to end, then run the "
-                "same command"
+                f"another run{self._holder()} holds {self.folder}; wait for it to end, then run "
+                "the same command"
             ) from None
         except OSError as error:
             raise StoreError(
@@ -165,6 +165,8 @@ class Journal:
         self.scanned = None
         try:
             self._sweep()
+            with suppress(OSError):
+                (self.folder / HOLDER).unlink()
         finally:
             self._lock.release()
 

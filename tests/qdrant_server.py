@@ -138,7 +138,7 @@ class Server:
 
     def _annotate(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
         r = models.SetPayload.model_validate(body)
-        return self.local.set_payload(c, r.payload, r.points)
+        return self.local.set_payload(c, r.payload, r.points or [])
 
     def _delete(self, c: str, body: Any, **names: str) -> Any:  # noqa: ANN401
         return self.local.delete(c, models.PointIdsList.model_validate(body).points)

@@ -1,4 +1,4 @@
-"""An application that saves its FAISS file while it is refined: every one of its writes survives."""
+"""An application saves its FAISS file while it is refined: every one of its writes survives."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_index import Index
 
-from simskip_vdb.connectors import faiss_store
+from simskip_vdb.connectors import faiss_store, swap
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import StoreChangedError
 
@@ -120,7 +120,7 @@ def test_a_save_right_before_the_swap_is_noticed(
 ) -> None:
     index = Index("faiss", tmp_path)
     application = Application(index, in_place=False)
-    real = faiss_store.kept_as
+    real = swap.kept_as
 
     def kept_as(*arguments: object) -> object:
         application.save()  # after its bytes were compared

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from killing import table
 
 CRASHES = Path(__file__).parents[1] / "benchmarks" / "crashes.py"
 KILLS = 30
@@ -28,3 +29,13 @@ def test_kills_at_random_instants_lose_nothing(store: str, tmp_path: Path) -> No
     assert found["resumed"] > 0
     assert found["rolled_back"] > 0
     assert store in done.stdout
+
+
+def test_the_table_of_kills_is_what_was_measured() -> None:
+    stores = json.loads((CRASHES.parent / "results" / "crashes.json").read_text())["stores"]
+    text = (CRASHES.parents[1] / "docs" / "safety.md").read_text()
+    assert f"\n{table(stores)}\n" in text
+    killed = sum(sum(store["kills"].values()) for store in stores.values())
+    assert f"{killed:,} kills" in (CRASHES.parents[1] / "README.md").read_text()
+    assert not any(store["failures"] for store in stores.values())
+    assert all(store["kills"]["refine"] >= 300 for store in stores.values())
