@@ -9,11 +9,12 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.journal import NEW_VECTOR, Journal, Write
-from simskip_vdb.refiner import Refiner
+from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import FileBacked, TakesOriginals, VectorStore
 
 SCAN_ROWS = 8192
+LAST_DIGITS = 1e-6  # relative L2 distance of one vector that is normalised over again
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
 
 
@@ -177,6 +178,8 @@ class WrittenRows:
             ids, digests = journal.open_written(write.written)
             places = self._place.find(ids)
             self._digests[places[places >= 0]] = digests[places >= 0]
+        known = journal.known(write.refiner) if self._refiner.late is LateRule.RAW else None
+        self._known = None if known is None else Lookup(known[0])
         self._elsewhere: _ByVector | None = None
         if positional:
             self._elsewhere = _ByVector(self._rows, *self._left(known=write.written is not None))
@@ -191,6 +194,7 @@ class WrittenRows:
         mine[known] = row_digests(batch.vectors[known]) == self._digests[places[known]]
         doubtful = known[~mine[known]]
         mine[doubtful] = self._refined(batch, originals, doubtful)
+        mine[doubtful] |= self._left_raw(batch, originals, doubtful, places[doubtful])
         if self._elsewhere is not None and not mine.all():
             others = np.flatnonzero(~mine)
             places = self._elsewhere.find(row_digests(batch.vectors[others]))
@@ -213,6 +217,15 @@ class WrittenRows:
                 digests.append(found[moved])
                 owners.append(start + moved)
         return np.concatenate(digests), np.concatenate(owners)
+
+    def _left_raw(
+        self, batch: VectorBatch, originals: Vectors, rows: Positions, places: Positions
+    ) -> Mask:
+        """Tell late rows that the write left raw and that are read back with other last digits."""
+        if self._known is None or not len(rows):
+            return np.zeros(len(rows), np.bool_)
+        late = (self._known.find(batch.ids[rows]) < 0) & (self._digests[places] != 0)
+        return np.asarray(late & near(batch.vectors[rows], originals[rows], LAST_DIGITS))
 
     def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
         # Rows that acted as test queries were written as rows that arrive late are.

@@ -33,6 +33,7 @@ class Collection(RuleBasedStateMachine):
         self.engine = self.make(Path(self.folder.name))
         self.held = self.engine.rows()
         self.originals: Rows = {}
+        self.known: dict[int, set[str]] = {}
         ids = np.array(sorted(self.held), "S36")
         self.refiners = [Path(self.folder.name) / f"refiner{i}" for i in range(2)]
         for seed, path in enumerate(self.refiners):
@@ -57,11 +58,15 @@ class Collection(RuleBasedStateMachine):
             again = ss.refine(store, Judgments(), replace(run))
         assert again.written is not None
         assert again.written["mode"] == "none"
-        self.originals = {**self.held, **self.originals}
+        originals = {**self.held, **self.originals}
         names = np.array(list(self.held), "S36")
-        stacked = np.stack([self.originals[name] for name in self.held])
-        refined = ss.Refiner.load(self.refiners[which]).refine_rows(stacked, names)
+        stacked = np.stack([originals[name] for name in self.held])
+        # Rows that came after a refiner's first use are late, which these refiners leave raw.
+        known = self.known.setdefault(which, set(self.held))
+        late = np.array([name not in known for name in self.held])
+        refined = ss.Refiner.load(self.refiners[which]).refine_rows(stacked, names, late)
         self.held = dict(zip(self.held, refined, strict=True))
+        self.originals = {name: originals[name] for name in self.held if name in known}
 
     @rule()
     def rollback(self) -> None:
