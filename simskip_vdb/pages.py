@@ -62,7 +62,7 @@ def render_markdown(run: Run) -> str:
         f"{telling.verdict(run).word}",
         _markdown_table(table) if table else "",
         _plain(" ".join(summary.gate_lines(run))),
-        "\n".join(f"- {_plain(found)}" for found in findings),
+        "\n".join(f"- {_plain(found)}" for found in (*summary.trouble(run), *findings)),
         _plain(undo[0]) if undo[1] is None else f"{undo[0]}\n\n{_fenced(undo[1])}",
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
@@ -100,8 +100,8 @@ def _sections(runs: Sequence[Run]) -> dict[str, Any]:
         "stages": summary.stages(run),
         "undo": timeline.undo(runs),
         "repeat": "Run it again:" if run["action"] != "rollback" else "This is what was run:",
-        "error": run.get("error"),
-        "notes": list(report.get("notes") or ()),
+        "trouble": summary.trouble(run),
+        "notes": summary.notes(run),
         "foot": summary.foot(run),
         "signed": signed,
     }

@@ -11,6 +11,7 @@ from simskip_vdb.report import LATE_RULES, change, compared, interval, number, s
 from simskip_vdb.telling import (
     RESTORED,
     ROLLBACK,
+    UNFINISHED,
     WRITTEN,
     Run,
     chosen,
@@ -138,7 +139,7 @@ _SIDES = {
 def _writing(run: Run) -> Iterator[tuple[str, str]]:
     written = written_of(run)
     count, mode = rows_written(run), written.get("mode")
-    if run["outcome"] in ("failed", "stopped") and not count:
+    if run["outcome"] in UNFINISHED and not count:
         return
     if mode == RESTORED:
         yield ("written", "all of them, and restored: the index is as it was")
@@ -329,6 +330,17 @@ def stages(run: Run) -> list[tuple[str, str, float]]:
     seconds = seconds_of(run)
     total = sum(seconds.values()) or 1
     return [(stage, duration(took), took / total) for stage, took in seconds.items()]
+
+
+def trouble(run: Run) -> list[str]:
+    """Say why a run did not get to its end; empty where it did."""
+    return list(run.get("notes") or ()) if run["outcome"] in UNFINISHED else []
+
+
+def notes(run: Run) -> list[str]:
+    """Return what else a person should know of a run that got to its end."""
+    own = () if run["outcome"] in UNFINISHED else run.get("notes") or ()
+    return [*own, *(report_of(run).get("notes") or ())]
 
 
 def foot(run: Run) -> Facts:

@@ -15,6 +15,7 @@ Run = Mapping[str, Any]
 VALIDATION = "validation"
 NIGHT, ROLLBACK = "night", "rollback"
 WRITTEN, RESTORED = "written", "restored"
+UNFINISHED = ("failed", "stopped")
 
 
 class Tone(str, Enum):

@@ -10,6 +10,7 @@ from simskip_vdb.summary import Table
 from simskip_vdb.telling import (
     RESTORED,
     ROLLBACK,
+    UNFINISHED,
     VALIDATION,
     WRITTEN,
     Run,
@@ -102,7 +103,7 @@ def undo(runs: Sequence[Run]) -> tuple[str, str | None]:
         return f"The index itself was not changed; to undo, delete {written['path']}.", None
     if outcome == WRITTEN or (outcome == "kept" and rows_written(run)):
         return "This command restores the vectors from before:", command
-    if outcome in ("failed", "stopped"):
+    if outcome in UNFINISHED:
         return (
             "The same command finishes what was begun; this one restores the vectors from before:",
             command,

@@ -75,7 +75,7 @@ SITUATIONS: dict[str, list[dict[str, Any]]] = {
         record("night", "kept", 9, report=refused(), refit=refit("kept", "age")),
     ],
     "a rollback": [*nights(4), record("rollback", "restored", 9, rows=rows(3783, 0, 3783))],
-    "a failure": [*nights(4), record("night", "failed", 9, error="StoreError: the disk is full")],
+    "a failure": [*nights(4), record("night", "failed", 9, notes=["the disk is full"])],
     "groups": [record("refine", "written", report=report(group_overlap=0.41))],
     "a copy": [record("refine", "written", report=report(written=written(mode="copy", path="b")))],
     "200 runs and 5,000 queries": [
@@ -178,7 +178,11 @@ def test_what_was_not_found_is_not_mentioned(pages: dict[str, tuple[str, Page]])
 
 
 def test_a_failure_says_why(pages: dict[str, tuple[str, Page]]) -> None:
-    assert "StoreError: the disk is full" in pages["a failure"][1].inside("pre")
+    _, page = pages["a failure"]
+    assert "What went wrong" in page.inside("h2")
+    assert "Notes" not in page.inside("h2")
+    assert page.inside("li") == ["the disk is full"]
+    assert "\n- the disk is full\n" in render_markdown(SITUATIONS["a failure"][-1])
 
 
 def test_hostile_names_stay_text(pages: dict[str, tuple[str, Page]]) -> None:

@@ -16,6 +16,8 @@ HEAVY = (
     "pyarrow",
     "ir_measures",
     "sklearn",
+    "jinja2",
+    "matplotlib",
     "prometheus_client",
     "pythonjsonlogger",
 )

@@ -202,6 +202,14 @@ def test_late_rows_that_had_no_share_before() -> None:
     assert facts["after over before"].startswith("more than any, not fair")
 
 
+def test_notes_of_a_run_and_of_its_report() -> None:
+    done = record("night", "written", report=report(notes=["of the report"]), notes=["of the run"])
+    assert summary.notes(done) == ["of the run", "of the report"]
+    assert summary.trouble(done) == []
+    stopped = record("night", "stopped", notes=["a signal"])
+    assert (summary.notes(stopped), summary.trouble(stopped)) == ([], ["a signal"])
+
+
 def test_stages_share_the_time() -> None:
     run = record("night", "written", seconds={"read": 1.0, "write": 3.0})
     assert summary.stages(run) == [("read", "1.0 s", 0.25), ("write", "3.0 s", 0.75)]
