@@ -15,6 +15,7 @@ from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import JournalError, TransientStoreError
 
 COMMANDS = ("demo", "inspect", "fit", "evaluate", "refine", "rollback", "status", "prune")
+COMMANDS += ("nightly", "report")
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_refiner(docs.shape[1], np.arange(400)).save(folder / "refiner")
     table = {"id": [f"q{i}" for i in range(len(queries))], "vector": queries.tolist()}
     pq.write_table(pa.table(table), folder / "q.parquet")
+    (folder / "jobs.toml").write_text(
+        '[jobs.papers]\nindex = "products.faiss"\nqueries = "q.npy"\nquery_ids = "q.txt"\n'
+        'qrels = "qrels.tsv"\ndoc_ids = "ids.txt"\n'
+    )
     shard = create(folder / "products", {"text": params(docs.shape[1], Metric.COSINE)})
     payloads = [{"sku": f"d{i}", "updated_at": 1} for i in range(len(docs))]
     fill(shard, range(len(docs)), docs, "text", payloads)

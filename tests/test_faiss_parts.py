@@ -209,7 +209,10 @@ def test_a_part_that_the_application_changes_meanwhile(desk: Desk) -> None:
     rows = list(rows_of(desk.paths[1].with_name("part[1].faiss")).values())
     assert rows[-1] == newer.tobytes()  # untouched, and with the application's row
     desk.refine()
-    assert not set(desk.rows().values()) & {newer.tobytes(), *desk.originals.values()}
+    now = set(desk.rows().values())
+    assert newer.tobytes() in now  # it came after the refiner's fit, and stays raw
+    if desk.kind == "ivf":  # elsewhere ids shifted, and with them which rows the refiner knows
+        assert not now & set(desk.originals.values())
     desk.rollback()
     # Every row has its original again, and the application's row is there.
     held = sorted(desk.rows().values())

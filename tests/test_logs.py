@@ -21,6 +21,8 @@ log = logging.getLogger("simskip_vdb.some.module")
 def _as_before() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    # A command that ran in this process may have left its own.
+    root.handlers[:] = [held for held in handlers if not isinstance(held, logs._Handler)]
     yield
     root.handlers[:] = handlers
     root.setLevel(level)

@@ -204,7 +204,9 @@ def test_a_new_multivector_stands_beside(engine: Engine, refiner: Path) -> None:
     with engine.open() as store:
         overwrite(store, name, newer)
     refine(engine, refiner, mode="new-vector")
-    assert_same(engine.rows(BESIDE), refined(refiner, {**before, name: newer}))
+    expected = refined(refiner, {**before, name: newer})
+    expected[name][-1] = newer[-1]  # this one came after the refiner's fit, and stays raw
+    assert_same(engine.rows(BESIDE), expected)
     rollback(engine)
     assert engine.rows(BESIDE) == {}
     assert_same(engine.rows(), {**before, name: newer})
