@@ -37,7 +37,7 @@ SIMSKIP = Path(sys.executable).with_name("simskip")
 DIM, GROUPS, POPULAR, CLICKED = 64, 300, 12, 8
 GROWTH, CHANGED, DELETED = 0.02, 0.002, 0.001
 DRIFTS_FROM, BY_LOT, ROLLED_BACK = 7, 9, 11
-KILLED = (2, 4, 6, 8, 12)
+KILLED = (3, 6, 12)
 FIRST_QUERIES, QUERIES_A_DAY, LOT_QUERIES = 900, 60, 400
 JOBS = """\
 [jobs.shard]
@@ -261,7 +261,7 @@ def killed(world: World) -> int:
             stderr=subprocess.DEVNULL,
         )
         try:
-            child.wait(float(world.rng.uniform(0.8, 4.5)))
+            child.wait(float(world.rng.uniform(1, 15)))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
