@@ -106,7 +106,7 @@ def test_rows_are_refined_and_restored_to_the_byte(desk: Desk) -> None:
     before = sha256_of(desk.path)
     refiner = random_refiner(D, desk.ids)
     written = desk.refine(refiner)
-    assert written == Written(rows=N, skipped=0, mode="in-place")
+    assert written == Written(rows=N, skipped=0, mode="in-place", sent=N)
     assert near(desk.read(), desk.refined(refiner))
     done = desk.rollback()
     assert done.exact
