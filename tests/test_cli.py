@@ -14,8 +14,18 @@ from simskip_vdb import cli
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import JournalError, TransientStoreError
 
-COMMANDS = ("demo", "inspect", "fit", "evaluate", "refine", "rollback", "status", "prune")
-COMMANDS += ("nightly", "report")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "fit",
+    "evaluate",
+    "refine",
+    "rollback",
+    "status",
+    "prune",
+    "nightly",
+    "report",
+)
 
 
 @pytest.fixture(scope="module")
