@@ -64,7 +64,7 @@ class Measured:
         regressions: The queries that lost most.
         group_overlap: Top-10 overlap inside groups; None without groups.
         left_out: Queries left out because the refiner learnt from them.
-        detail: Each query's change, and what moved most: `_detail`; None where nobody needs it.
+        detail: Each query's change, and what moved most: `detail`; None where nobody needs it.
     """
 
     split: str
@@ -200,7 +200,7 @@ def detail(space: Workspace, scored: Scored, before: Positions, after: Positions
 def _found_now(
     space: Workspace, judged: JudgedQueries, current: Refiner | None, k: int, skip: Mask | None
 ) -> Positions:
-    """Search what is there now as the application does, its queries refined with side both."""
+    """Search what the index holds, or what the current refiner makes of all rows and queries."""
     if current is not None:
         blocks = space.refined_blocks(current, space.late(current))
         return space.search(current(judged.vectors), blocks, k, skip).ids

@@ -22,7 +22,6 @@ from simskip_vdb.pipeline import (
     Settings,
     challenge,
     fitted,
-    keep_record,
     record_of,
     remember_attempt,
 )
@@ -91,14 +90,14 @@ def run_night(
         pending = interrupted(space)
         if pending is None:
             found = _night(space, judgments, refit, progress)
-            keep_record(space, found)
+            Runs(space.journal.folder).add(found)
             return found
         counted = changes(space)
         refiner = Refiner.load(space.journal.refiners / pending.refiner)
         report = finish(space, refiner, space.journal.refiners / refiner.id, progress)
         if report is not None:
             outcome = "restored" if report.exit_code else "written"
-            keep_record(space, record_of(report, "night", outcome, counted))
+            Runs(space.journal.folder).add(record_of(report, "night", outcome, counted))
     return run_night(store, judgments, settings, refit, progress=progress)
 
 

@@ -163,7 +163,7 @@ def refine(
         outcome = "refused" if report.exit_code else "written"
         if report.gate is None:
             outcome = "unchanged"
-        keep_record(space, record_of(report, "refine", outcome, found))
+        Runs(space.journal.folder).add(record_of(report, "refine", outcome, found))
         return report
 
 
@@ -246,11 +246,6 @@ def record_of(
         seconds=dict(report.seconds),
         **parts,
     )
-
-
-def keep_record(space: Workspace, found: Mapping[str, Any]) -> None:
-    """Keep the record of a run in the state."""
-    Runs(space.journal.folder).add(found)
 
 
 def _refiner(space: Workspace, progress: Progress) -> Refiner:

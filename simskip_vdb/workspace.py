@@ -27,7 +27,7 @@ from simskip_vdb.evaluation import (
     parse_measures,
     score,
 )
-from simskip_vdb.journal import IN_PLACE, Journal, Write
+from simskip_vdb.journal import IN_PLACE, KNOWN, Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.provenance import Lookup
@@ -267,7 +267,7 @@ def keep_refiner(refiner: Refiner, space: Workspace) -> Path:
     """Save a refiner in the state, and, the first time, which rows are there: it knows those."""
     folder = space.journal.refiners / refiner.id
     refiner.save(folder)
-    if space.journal.known(refiner.id) is None:
+    if not (folder / KNOWN).is_file():
         space.journal.save_known(refiner.id, space.rows.ids, space.digests)
     return folder
 
