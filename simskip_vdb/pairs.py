@@ -15,6 +15,7 @@ from simskip_vdb.errors import DataError
 
 ROW_BLOCK = 16384
 QUERY_BLOCK = 4096
+BLOCK_CELLS = 2**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -151,9 +152,15 @@ class GroupPairs:
 
     def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
         """Return the positives of a batch among the columns."""
-        same = self.codes[batch][:, None] == self.codes[columns][None, :]  # (b, c)
-        same &= batch[:, None] != columns[None, :]
-        anchor, column = np.nonzero(same)
+        found = []
+        step = max(1, BLOCK_CELLS // max(1, len(columns)))
+        for start in range(0, len(batch), step):
+            some = batch[start : start + step]
+            same = self.codes[some][:, None] == self.codes[columns][None, :]  # (step, c)
+            same &= some[:, None] != columns[None, :]
+            anchor, column = np.nonzero(same)
+            found.append((anchor + start, column))
+        anchor, column = (np.concatenate(part) for part in zip(*found, strict=True))
         weight = _sum_to_one(anchor, np.ones(len(anchor), dtype=np.float32))
         return Targets(anchor=anchor, column=column, weight=weight, own=column_of[batch])
 

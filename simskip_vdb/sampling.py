@@ -13,6 +13,7 @@ from torch import Tensor
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Vectors
 from simskip_vdb.errors import DataError
+from simskip_vdb.losses import Similarity
 from simskip_vdb.pairs import Pairs, Targets, group_pairs, judged_pairs, nearest, neighbour_pairs
 
 QUERY_TEMPERATURE = 0.05
@@ -64,7 +65,7 @@ class Step:
         left_raw: Columns that compete raw, shape (c,).
         pairs: Anchor and column of each positive, shape (2, p).
         weights: Weight of each positive, shape (p,).
-        ignore: Where a column is the anchor itself, shape (b, c).
+        own: Column that is the anchor itself, shape (b,); -1 where there is none.
         pseudo: Unit pseudo-queries near rows that no judgment points to, shape (b, d) or (0, d).
         unjudged_share: Part of all rows that no judgment points to.
         metric: How the index compares.
@@ -79,7 +80,7 @@ class Step:
     left_raw: Tensor
     pairs: Tensor
     weights: Tensor
-    ignore: Tensor
+    own: Tensor
     pseudo: Tensor
     unjudged_share: float
     metric: Metric
@@ -87,21 +88,22 @@ class Step:
     query_norms: Tensor
     row_norms: Tensor
 
-    def compare(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the index's own similarity over temperature, shape (b, c).
+    def compare(self, queries: Tensor, keys: Tensor) -> Similarity:
+        """Return the index's own similarity over temperature.
 
         Args:
             queries: Unit directions of the anchors, or of pseudo-queries, shape (b, d).
             keys: Unit directions of the columns, shape (c, d).
         """
-        scores = queries @ keys.T
-        if self.metric is Metric.DOT:
-            scores = scores * self.row_norms
-        elif self.metric is Metric.EUCLID:
+        if self.metric is Metric.COSINE:
+            return Similarity(queries / self.temperature, keys)
+        if self.metric is Metric.EUCLID:
             # -‖q - x‖² / 2 without ‖q‖², which all columns share.
-            norms = self.query_norms[: len(queries), None]
-            scores = scores * norms * self.row_norms - self.row_norms**2 / 2
-        return scores / self.temperature
+            queries = queries * self.query_norms[: len(queries), None]
+            bias = -(self.row_norms**2) / 2 / self.temperature
+        else:
+            bias = torch.zeros_like(self.row_norms)
+        return Similarity(queries / self.temperature, keys * self.row_norms[:, None], bias)
 
 
 class Sampler:
@@ -180,9 +182,6 @@ class Sampler:
         weights = self._tensor(targets.weight)
         if not self._by_queries:
             weights = _favour_near(queries, raw, pairs, weights)
-        ignore = torch.zeros((len(batch), len(columns)), dtype=torch.bool, device=self._device)
-        itself = np.flatnonzero(targets.own >= 0)
-        ignore[itself, targets.own[itself]] = True
         left_raw = self._late[columns] | (self._rng.random(len(columns)) < self._settings.raw_share)
         return Step(
             queries=queries,
@@ -191,7 +190,7 @@ class Sampler:
             left_raw=self._tensor(left_raw),
             pairs=pairs,
             weights=weights,
-            ignore=ignore,
+            own=self._tensor(targets.own),
             pseudo=self._pseudo(queries, raw, targets, columns),
             unjudged_share=self._unjudged_share,
             metric=self._problem.metric,
@@ -248,8 +247,8 @@ def _pairs(
 
 def _favour_near(queries: Tensor, raw: Tensor, pairs: Tensor, even: Tensor) -> Tensor:
     """Mix even weights of positives with weights that favour the anchor's raw neighbours."""
-    anchor, column = pairs
-    cosine = (queries @ raw.T)[anchor, column] / ROW_TEMPERATURE  # (p,)
+    anchor = pairs[0]
+    cosine = Similarity(queries / ROW_TEMPERATURE, raw).of_pairs(pairs)
     top = torch.full((len(queries),), -torch.inf, device=raw.device)
     top = top.scatter_reduce(0, anchor, cosine, "amax")
     near = (cosine - top[anchor]).exp()

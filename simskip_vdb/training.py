@@ -200,7 +200,7 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         moves = f(raw)
     refined = F.normalize(raw + moves + offsets(step.slots), dim=1)
     keys = torch.where(step.left_raw[:, None], raw, refined)
-    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.ignore)
+    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.own)
     if len(step.pseudo):
         # Queries near rows without judgments must go on finding what they found.
         student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)

@@ -244,7 +244,7 @@ def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) ->
     rng = np.random.default_rng(0)
     settings = replace(QUICK, raw_share=0.0)
     step = Sampler(one, Signal.JUDGED, settings, rng, "cpu").step(np.arange(20))
-    scores = step.compare(step.queries, step.raw).numpy() * step.temperature
+    scores = step.compare(step.queries, step.raw).scores(slice(None)).numpy() * step.temperature
     q, x = queries.vectors[:20], problem.vectors
     norms = np.linalg.norm(x, axis=1)
     size = norms.mean()
@@ -287,9 +287,7 @@ def test_anchors_that_are_rows_ignore_themselves(problem: Problem) -> None:
     sampler = Sampler(problem, Signal.GROUPS, QUICK, np.random.default_rng(0), "cpu")
     batch = np.array([5, 9])
     step = sampler.step(batch)
-    anchor, column = step.ignore.nonzero(as_tuple=True)
-    assert anchor.tolist() == [0, 1]
-    assert column.tolist() == batch.tolist()
+    assert step.own.tolist() == batch.tolist()  # every row is a column
     assert step.weights[step.pairs[0] == 0].sum().item() == pytest.approx(1)
 
 
