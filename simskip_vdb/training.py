@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +23,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError("torch", "fit") from error
 
+from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
 from simskip_vdb.sampling import Problem as Problem
@@ -89,6 +91,7 @@ def fit_refiner(
     *,
     progress: Progress = lambda done, total, stage: None,
     plan: Plan | None = None,
+    checkpoint: Path | None = None,
 ) -> Fitted:
     """Fit a refiner and choose how far it moves.
 
@@ -98,6 +101,7 @@ def fit_refiner(
         validate: Score of a refiner on validation queries, higher is better.
         progress: Called after every step.
         plan: Choices of an earlier fit; `validate` is then not called.
+        checkpoint: File of this fit alone, by which it goes on after an interruption.
 
     Raises:
         DataError: The signal has no positives, or there are fewer than two usable rows.
@@ -105,7 +109,7 @@ def fit_refiner(
     """
     signal = _signal(problem, settings)
     with _few_threads():
-        whole = _train(problem, settings, signal, progress)
+        whole = _train(problem, settings, signal, progress, checkpoint)
     if plan is not None:
         return Fitted(whole=whole, plan=plan, trials=(), signal=signal)
     plans = [Plan(alpha=weight, beta=weight) for weight in GRID]
@@ -122,7 +126,13 @@ def moved(whole: Refiner, plan: Plan) -> Refiner:
     return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
 
 
-def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Progress) -> Refiner:
+def _train(
+    problem: Problem,
+    settings: FitSettings,
+    signal: Signal,
+    progress: Progress,
+    checkpoint: Path | None,
+) -> Refiner:
     dim = problem.vectors.shape[1]
     usable = np.flatnonzero(problem.usable)
     if len(usable) < 2:
@@ -148,7 +158,10 @@ def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Pr
         nn.init.zeros_(offsets.weight)
         dense = torch.optim.AdamW([*f.parameters(), *project.parameters()], weight_decay=1e-4)
         sparse = torch.optim.SparseAdam(offsets.parameters())
-        for step in range(1, total + 1):
+        parts = {"f": f, "project": project, "offsets": offsets, "dense": dense, "sparse": sparse}
+        kept = Checkpoint(checkpoint, parts, rng)
+        done, order = kept.restore(order)
+        for step in range(done + 1, total + 1):
             for group in (*dense.param_groups, *sparse.param_groups):
                 group["lr"] = (
                     settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
@@ -173,6 +186,7 @@ def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Pr
             loss.backward()  # type: ignore[no-untyped-call]
             dense.step()
             sparse.step()  # type: ignore[no-untyped-call]
+            kept.save(step, order, last=step == total)
             progress(step, total, "fit")
 
     ids = problem.ids[offset_rows]

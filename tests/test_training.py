@@ -4,13 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from simskip_vdb import sampling, training
+from simskip_vdb import checkpoint, sampling, training
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Metric, Side, Vectors
 from simskip_vdb.errors import DataError, FitError
@@ -399,3 +400,53 @@ def test_missing_torch_names_the_extra() -> None:
 def test_auto_device_is_one_that_exists() -> None:
     assert training._device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
     assert training._device("cpu") == "cpu"
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a fit."""
+
+
+@pytest.mark.parametrize("signal", list(Signal))
+def test_an_interrupted_fit_goes_on_to_the_same_bits(
+    problem: Problem, signal: Signal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    settings, plan = replace(QUICK, signal=signal), Plan(alpha=1.0, beta=1.0)
+    steps: list[int] = []
+
+    def kill(done: int, total: int, stage: str) -> None:
+        if done == 17:
+            raise Killed
+
+    whole = fit_refiner(problem, settings, never, plan=plan).refiner
+    with pytest.raises(Killed):
+        fit_refiner(
+            problem, settings, never, plan=plan, progress=kill, checkpoint=tmp_path / "fit"
+        )
+    resumed = fit_refiner(
+        problem,
+        settings,
+        never,
+        plan=plan,
+        progress=lambda done, total, stage: steps.append(done),
+        checkpoint=tmp_path / "fit",
+    ).refiner
+    assert steps[0] == 18
+    assert resumed.id == whole.id
+
+
+@pytest.mark.parametrize("damage", ["short", "noise", "version"])
+def test_a_checkpoint_that_is_of_no_use_is_passed_over(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    plan, file = Plan(alpha=1.0, beta=1.0), tmp_path / "fit"
+    settings = replace(QUICK, steps=4)
+    whole = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
+    content = file.read_bytes()
+    if damage == "version":
+        monkeypatch.setattr(torch, "__version__", "0")
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "short" else b"noise" * 99)
+    again = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
+    assert again.id == whole.id
