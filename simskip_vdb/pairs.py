@@ -35,6 +35,14 @@ class Targets:
     own: NDArray[np.int64]
 
 
+class OnDisk(Protocol):
+    """Rows that are read when they are wanted."""
+
+    def take(self, positions: Positions) -> Vectors:
+        """Return the rows at these positions, shape (len(positions), d)."""
+        ...
+
+
 class Pairs(Protocol):
     """Anchors, and the rows that each of them should find."""
 
@@ -190,6 +198,18 @@ def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPai
     )
 
 
+def grouped_rows(groups: NDArray[np.int64], usable: NDArray[np.bool_]) -> Positions:
+    """Return the rows whose group has another row, ascending.
+
+    Args:
+        groups: Group of each row, shape (n,); -1 for none.
+        usable: Rows that may take part, shape (n,).
+    """
+    codes = np.where(usable, groups, -1)
+    _, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    return np.flatnonzero((codes >= 0) & (counts[inverse] > 1))
+
+
 def group_pairs(
     vectors: Vectors, groups: NDArray[np.int64], usable: NDArray[np.bool_]
 ) -> GroupPairs:
@@ -253,14 +273,14 @@ def neighbour_pairs(
 
 
 def nearest(
-    queries: Vectors, vectors: Vectors, rows: Positions, *, k: int, device: str
+    queries: Vectors, vectors: Vectors | OnDisk, rows: Positions, *, k: int, device: str
 ) -> Positions:
     """Find each query's nearest rows by cosine, exactly, in bounded memory.
 
     Args:
         queries: Shape (q, d).
-        vectors: All rows, shape (n, d); may be a memory map.
-        rows: Rows to search among.
+        vectors: All rows, shape (n, d).
+        rows: Rows to search among, ascending.
         k: Rows wanted for each query.
         device: Where to search.
 
@@ -272,7 +292,7 @@ def nearest(
     best = torch.full((len(queries), k), -torch.inf, device=device)
     place = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
     for start in range(0, len(rows), ROW_BLOCK):
-        block = vectors[rows[start : start + ROW_BLOCK]]
+        block = take(vectors, rows[start : start + ROW_BLOCK])
         keys = F.normalize(torch.as_tensor(block, device=device), dim=1)
         for first in range(0, len(queries), QUERY_BLOCK):
             some = slice(first, first + QUERY_BLOCK)
@@ -283,6 +303,13 @@ def nearest(
             place[some] = column.gather(1, order)
     found: Positions = rows[place.cpu().numpy()]
     return found
+
+
+def take(vectors: Vectors | OnDisk, rows: Positions) -> Vectors:
+    """Return rows, shape (len(rows), d), float32."""
+    if isinstance(vectors, np.ndarray):
+        return np.ascontiguousarray(vectors[rows], dtype=np.float32)
+    return vectors.take(rows)
 
 
 def _indptr(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,7 +14,16 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.losses import Similarity
-from simskip_vdb.pairs import Pairs, Targets, group_pairs, judged_pairs, nearest, neighbour_pairs
+from simskip_vdb.pairs import (
+    OnDisk,
+    Pairs,
+    Targets,
+    group_pairs,
+    judged_pairs,
+    nearest,
+    neighbour_pairs,
+    take,
+)
 
 QUERY_TEMPERATURE = 0.05
 ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
@@ -36,13 +45,15 @@ class Problem:
     """What to fit on; positions are row numbers in scan order.
 
     Attributes:
-        vectors: Rows, shape (n, d), float32; may be a memory map.
+        vectors: Rows, shape (n, d), float32; (0, d) where they are on disk.
         ids: Row ids, shape (n,).
         metric: How the index compares.
         queries: Judged queries of the fit split.
         groups: Group of each row, shape (n,); -1 for none.
         usable: Rows that may take part, shape (n,): finite, not zero, not held out.
         late: Rows treated as late, shape (n,): raw competitors that never move.
+        offsets: Whether rows may have offsets of their own.
+        on_disk: Rows that are not in memory.
     """
 
     vectors: Vectors
@@ -52,6 +63,8 @@ class Problem:
     groups: NDArray[np.int64] | None = None
     usable: NDArray[np.bool_]
     late: NDArray[np.bool_] | None = None
+    offsets: bool = True
+    on_disk: OnDisk | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -110,7 +123,7 @@ class Sampler:
     """Draws steps from a problem.
 
     Args:
-        problem: Rows, judgments and groups.
+        problem: Rows in memory, judgments and groups.
         signal: What to learn from: judged queries, groups or neighbours.
         settings: How to fit.
         rng: Source of every draw.
@@ -146,8 +159,8 @@ class Sampler:
         self._unjudged = np.zeros(n, dtype=np.bool_)
         self.offset_rows = np.empty(0, dtype=np.int64)
         if self._by_queries:
-            vectors = _take(self._pairs.vectors, self.anchors)
-            hard = nearest(vectors, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
+            asked = self._pairs.vectors[self.anchors]
+            hard = nearest(asked, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
             self._hard = np.full((len(self._pairs.vectors), hard.shape[1]), -1)
             self._hard[self.anchors] = hard
             judged = self._pairs.rows_with_anchors()
@@ -157,13 +170,13 @@ class Sampler:
         elif signal is Signal.GROUPS:
             self.offset_rows = self._pairs.rows_with_anchors()
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
-        if len(self.offset_rows) > MAX_OFFSETS:
+        if len(self.offset_rows) > MAX_OFFSETS or not problem.offsets:
             self.offset_rows = self.offset_rows[:0]
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
         sample = rng.choice(self._rows, min(NORM_SAMPLE, len(self._rows)), replace=False)
-        self._typical_norm = float(np.linalg.norm(_take(problem.vectors, sample), axis=1).mean())
+        self._typical_norm = float(np.linalg.norm(problem.vectors[sample], axis=1).mean())
 
     def step(self, batch: Positions) -> Step:
         """Draw the columns of a step.
@@ -222,7 +235,7 @@ class Sampler:
         return F.normalize(raw[base] + residual, dim=1)  # (b, d)
 
     def _unit(self, vectors: Vectors, rows: Positions) -> tuple[Tensor, Tensor]:
-        taken = self._tensor(_take(vectors, rows))
+        taken = self._tensor(take(vectors, rows))
         norms = taken.norm(dim=1)
         return taken / norms[:, None], norms
 
@@ -254,7 +267,3 @@ def _favour_near(queries: Tensor, raw: Tensor, pairs: Tensor, even: Tensor) -> T
     near = (cosine - top[anchor]).exp()
     near = near / torch.zeros_like(top).index_add(0, anchor, near)[anchor]
     return NEAR_SHARE * near + (1 - NEAR_SHARE) * even
-
-
-def _take(vectors: Vectors, rows: Positions) -> Vectors:
-    return np.ascontiguousarray(vectors[rows], dtype=np.float32)

@@ -28,6 +28,7 @@ from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
 from simskip_vdb.sampling import Problem as Problem
 from simskip_vdb.sampling import Sampler, Step
+from simskip_vdb.working_set import working_set
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
@@ -133,11 +134,12 @@ def _train(
     progress: Progress,
     checkpoint: Path | None,
 ) -> Refiner:
-    dim = problem.vectors.shape[1]
-    usable = np.flatnonzero(problem.usable)
-    if len(usable) < 2:
-        raise DataError(f"{len(usable)} rows can be used; a fit needs at least 2")
+    count = np.count_nonzero(problem.usable)
+    if count < 2:
+        raise DataError(f"{count} rows can be used; a fit needs at least 2")
     device = _device(settings.device)
+    problem = working_set(problem, signal, replace(settings, device=device))
+    usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
     rng = np.random.default_rng(settings.seed)
     sampler = None
     anchors, offset_rows = usable, usable[:0]

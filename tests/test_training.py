@@ -420,9 +420,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
 
     whole = fit_refiner(problem, settings, never, plan=plan).refiner
     with pytest.raises(Killed):
-        fit_refiner(
-            problem, settings, never, plan=plan, progress=kill, checkpoint=tmp_path / "fit"
-        )
+        fit_refiner(problem, settings, never, plan=plan, progress=kill, checkpoint=tmp_path / "fit")
     resumed = fit_refiner(
         problem,
         settings,
