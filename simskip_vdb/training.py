@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +13,10 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError, DataError, FitError, MissingDependencyError
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.threads import torch_threads, wait_asleep
 
 try:
+    wait_asleep()
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -109,7 +109,7 @@ def fit_refiner(
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
-    with _few_threads():
+    with torch_threads():
         whole = _train(problem, settings, signal, progress, checkpoint)
     if plan is not None:
         return Fitted(whole=whole, plan=plan, trials=(), signal=signal)
@@ -222,21 +222,6 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """Use half the cores while torch works.
-
-    Threads of its pool spin while they wait for each other: on two cores beside another busy
-    process, two threads took fifteen times as long as one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _view(x: Tensor) -> Tensor:
