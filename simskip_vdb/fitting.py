@@ -159,11 +159,12 @@ def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
 
 
 def problem_of(space: Workspace, queries: JudgedQueries | None) -> Problem:
-    """Return what is fitted: all usable rows, and these queries."""
+    """Return what is fitted: all usable rows, on disk, and these queries."""
     from simskip_vdb.training import Problem
 
     return Problem(
-        vectors=space.rows.matrix(),
+        vectors=np.empty((0, space.info.dim), np.float32),
+        on_disk=space.rows,
         ids=space.rows.ids,
         metric=space.info.metric,
         queries=queries,

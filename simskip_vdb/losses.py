@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK_SCORES = {"cpu": 2**22, "cuda": 2**28}
+BLOCK_SCORES = {"cpu": 2**20, "cuda": 2**28}
 """Scores held at once, by device, if an anchor has not more columns than that."""
 
 BlockLoss = Callable[[Tensor, slice], Tensor]

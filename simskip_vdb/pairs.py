@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import JudgedQueries, Positions, Vectors
 from simskip_vdb.errors import DataError
 
-ROW_BLOCK = 16384
-QUERY_BLOCK = 4096
+ROW_BLOCK = 4096
+QUERY_BLOCK = 1024
 BLOCK_CELLS = 2**24
 
 
