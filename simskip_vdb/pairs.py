@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import JudgedQueries, Positions, Vectors
 from simskip_vdb.errors import DataError
 
-ROW_BLOCK = 4096
-QUERY_BLOCK = 1024
+SEARCHED = {"cpu": (1024, 4096), "cuda": (16384, 65536)}
+"""Queries and rows compared at once, by device."""
 BLOCK_CELLS = 2**24
 
 
@@ -291,11 +291,12 @@ def nearest(
     asked = F.normalize(torch.as_tensor(queries, device=device), dim=1)
     best = torch.full((len(queries), k), -torch.inf, device=device)
     place = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
-    for start in range(0, len(rows), ROW_BLOCK):
-        block = take(vectors, rows[start : start + ROW_BLOCK])
+    query_block, row_block = SEARCHED.get(asked.device.type, SEARCHED["cpu"])
+    for start in range(0, len(rows), row_block):
+        block = take(vectors, rows[start : start + row_block])
         keys = F.normalize(torch.as_tensor(block, device=device), dim=1)
-        for first in range(0, len(queries), QUERY_BLOCK):
-            some = slice(first, first + QUERY_BLOCK)
+        for first in range(0, len(queries), query_block):
+            some = slice(first, first + query_block)
             score, column = (asked[some] @ keys.T).topk(min(k, len(keys)), dim=1)
             score = torch.cat([best[some], score], dim=1)
             column = torch.cat([place[some], column + start], dim=1)

@@ -22,8 +22,8 @@ from simskip_vdb.pairs import (
     judged_pairs,
     nearest,
     neighbour_pairs,
-    take,
 )
+from simskip_vdb.residence import Resident
 
 QUERY_TEMPERATURE = 0.05
 ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
@@ -150,6 +150,9 @@ class Sampler:
         self._column_of = np.full(n, -1, dtype=np.int64)
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
+        self._vectors = Resident(problem.vectors, device)
+        of_rows = self._pairs.vectors is problem.vectors
+        self._anchor_vectors = self._vectors if of_rows else Resident(self._pairs.vectors, device)
         self.anchors = self._pairs.anchors
         most = settings.steps * settings.batch_size
         if len(self.anchors) > most:
@@ -189,8 +192,8 @@ class Sampler:
         targets = self._pairs.targets(batch, columns, self._column_of)
         self._column_of[columns] = -1
 
-        queries, query_norms = self._unit(self._pairs.vectors, batch)
-        raw, row_norms = self._unit(self._problem.vectors, columns)
+        queries, query_norms = _unit(self._anchor_vectors.take(batch))
+        raw, row_norms = _unit(self._vectors.take(columns))
         pairs = self._tensor(np.stack([targets.anchor, targets.column]))
         weights = self._tensor(targets.weight)
         if not self._by_queries:
@@ -234,13 +237,13 @@ class Sampler:
         residual = queries[targets.anchor[source]] - raw[targets.column[source]]
         return F.normalize(raw[base] + residual, dim=1)  # (b, d)
 
-    def _unit(self, vectors: Vectors, rows: Positions) -> tuple[Tensor, Tensor]:
-        taken = self._tensor(take(vectors, rows))
-        norms = taken.norm(dim=1)
-        return taken / norms[:, None], norms
-
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    norms = vectors.norm(dim=1)
+    return vectors / norms[:, None], norms
 
 
 def _pairs(

@@ -138,6 +138,7 @@ def _train(
     if count < 2:
         raise DataError(f"{count} rows can be used; a fit needs at least 2")
     device = _device(settings.device)
+    kind = torch.device(device).type
     problem = working_set(problem, signal, replace(settings, device=device))
     usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
     rng = np.random.default_rng(settings.seed)
@@ -177,7 +178,9 @@ def _train(
                 one, two = _view(x), _view(x)  # (b, d)
                 loss = nt_xent(project(one + f(one)), project(two + f(two)), VIEW_TEMPERATURE)
             else:
-                loss = _contrast(sampler.step(batch), f, offsets, settings.side)
+                drawn = sampler.step(batch)
+                with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+                    loss = _contrast(drawn, f, offsets, settings.side)
             if not torch.isfinite(loss):
                 raise FitError(
                     f"the loss is {loss.item()} at step {step} of {total}; lower the learning "

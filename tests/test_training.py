@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from simskip_vdb import checkpoint, sampling, training
+from simskip_vdb import checkpoint, residence, sampling, training
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Metric, Side, Vectors
 from simskip_vdb.errors import DataError, FitError
@@ -448,3 +448,13 @@ def test_a_checkpoint_that_is_of_no_use_is_passed_over(
         file.write_bytes(content[: len(content) // 2] if damage == "short" else b"noise" * 99)
     again = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
     assert again.id == whole.id
+
+
+def test_vectors_on_the_device_are_those_that_are_sent(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(alpha=1.0, beta=1.0)
+    sent = fit_refiner(problem, QUICK, never, plan=plan).refiner
+    monkeypatch.setattr(residence, "_free", lambda device: np.inf)
+    there = fit_refiner(problem, QUICK, never, plan=plan).refiner
+    assert sent.id == there.id
