@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,14 @@ except ImportError as error:
 from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
+from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates, shared_directions
+from simskip_vdb.plans import Plan as Plan
 from simskip_vdb.sampling import Problem as Problem
 from simskip_vdb.sampling import Sampler, Step
 from simskip_vdb.working_set import working_set
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
-
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # candidates for alpha = beta, the identity first
 
 MIN_STEPS = 60
 EPOCHS = 40  # few anchors would be learnt by heart in more
@@ -45,44 +45,6 @@ DISTILLATION = 10.0
 MASK_RATE = 0.1
 NOISE = 0.02
 VIEW_TEMPERATURE = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How far a refiner moves, chosen before: no look at validation is needed."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A candidate and what validation said of it."""
-
-    plan: Plan
-    score: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fitted:
-    """A fitted refiner and how it was chosen.
-
-    Attributes:
-        whole: Moves by all of f and the offsets; `moved` makes candidates of it.
-        plan: What was chosen or given; the identity where nothing beat it.
-        trials: Candidates of `GRID` in its order; empty where a plan was given.
-        signal: What it learnt from.
-    """
-
-    whole: Refiner
-    plan: Plan
-    trials: tuple[Trial, ...]
-    signal: Signal
-
-    @property
-    def refiner(self) -> Refiner:
-        """The refiner that moves as planned."""
-        return moved(self.whole, self.plan)
 
 
 def fit_refiner(
@@ -111,20 +73,15 @@ def fit_refiner(
     signal = _signal(problem, settings)
     with torch_threads():
         whole = _train(problem, settings, signal, progress, checkpoint)
+    queries = None if problem.queries is None else problem.queries.vectors
+    shared = shared_directions(queries, whole.dim)
+    fitted = Fitted(whole=whole, shared=shared, plan=plan or IDENTITY, trials=(), signal=signal)
     if plan is not None:
-        return Fitted(whole=whole, plan=plan, trials=(), signal=signal)
-    plans = [Plan(alpha=weight, beta=weight) for weight in GRID]
-    trials = tuple(Trial(plan=plan, score=validate(moved(whole, plan))) for plan in plans)
+        return fitted
+    plans = candidates(signal)
+    trials = tuple(Trial(plan=plan, score=validate(fitted.moved(plan))) for plan in plans)
     best = max(trials, key=lambda trial: trial.score)  # the first of equals: the smallest move
-    return Fitted(whole=whole, plan=best.plan, trials=trials, signal=signal)
-
-
-def moved(whole: Refiner, plan: Plan) -> Refiner:
-    """Return the refiner that moves as far as planned, without the parts that it does not use."""
-    used, beta = whole, plan.beta
-    if beta == 0 or not len(used.offset_ids):
-        used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
-    return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
+    return replace(fitted, plan=best.plan, trials=trials)
 
 
 def _train(

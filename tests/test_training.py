@@ -16,9 +16,10 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Metric, Side, Vectors
 from simskip_vdb.errors import DataError, FitError
 from simskip_vdb.model import Residual
+from simskip_vdb.plans import candidates
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.sampling import Sampler
-from simskip_vdb.training import GRID, Plan, Problem, fit_refiner
+from simskip_vdb.training import Plan, Problem, fit_refiner
 
 ROWS, QUERIES, DIM, GROUPS = 240, 120, 16, 8
 QUICK = FitSettings(steps=30, batch_size=64)
@@ -144,7 +145,7 @@ def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
     fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
     assert fitted.refiner.is_identity
     assert fitted.plan.alpha == fitted.plan.beta == 0
-    assert [trial.plan.alpha for trial in fitted.trials] == list(GRID)
+    assert [trial.plan for trial in fitted.trials] == candidates(Signal.JUDGED)
 
 
 def test_f_and_offsets_move_by_the_weight_that_validates_best(problem: Problem) -> None:
