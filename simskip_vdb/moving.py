@@ -8,7 +8,6 @@ that a result depends on: blocks that begin at a multiple of it may be cut as on
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Mask, Positions, Vectors
+from simskip_vdb.overlap import cores
 
 PIECE = 512
 """Rows that go through the products at once."""
@@ -29,12 +29,6 @@ _PLAIN = (1e-30, 1e30)
 
 Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Weight, shape (out, in), and bias, shape (out,), of a linear layer."""
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    able = getattr(os, "sched_getaffinity", None)
-    return len(able(0)) if able else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
