@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -19,8 +19,8 @@ def cores() -> int:
     return len(able(0)) if able else os.cpu_count() or 1
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield what an iterator yields, drawn from it in a thread of its own, a little ahead.
+def ahead(items: Generator[T]) -> Generator[T]:
+    """Yield what a generator yields, drawn from it in a thread of its own, a little ahead.
 
     Its errors surface here. It is closed, and the thread ended, when this is.
     """
@@ -36,9 +36,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
         finally:
             for future in waiting:
                 future.cancel()
-            close = getattr(items, "close", None)
-            if close is not None:
-                pool.submit(close).result()
+            pool.submit(items.close).result()
 
 
 def behind(do: Callable[[T], object], items: Iterable[T]) -> None:
