@@ -12,6 +12,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from pathlib import Path
 
 import faiss
@@ -19,6 +20,7 @@ import faiss
 from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
 from simskip_vdb.errors import SimskipError, StoreError
+from simskip_vdb.overlap import cores
 
 _SMALL = 1 << 20
 _MOST_LINKS = 1 << 12
@@ -30,14 +32,15 @@ _HEADER_FILLER = (1 << 20).to_bytes(8, "little") * 2  # what FAISS writes into e
 
 
 @contextmanager
-def faiss_call(path: Path, doing: str) -> Iterator[None]:
+def faiss_call(path: Path, doing: str, *, long: bool = False) -> Iterator[None]:
     """Run FAISS on few threads, and turn its errors and the system's into `StoreError`.
 
     FAISS brings an OpenMP runtime of its own; beside torch's, whose threads spin while they wait,
-    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room.
+    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room. What
+    takes long gets all of them: threads that wait go to sleep before it is done.
     """
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    faiss.omp_set_num_threads(cores() if long else max(1, cores() // 2))
     try:
         yield
     except SimskipError:
@@ -50,12 +53,22 @@ def faiss_call(path: Path, doing: str) -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def read_mapped(path: Path, *, trusted: bool) -> Index:
+class Trust(IntEnum):
+    """What is known of a file before it is read."""
+
+    NONE = 0
+    HEADER = 1
+    """This process wrote it a moment ago, but its end may be missing."""
+    ALL = 2
+    """It was checked already, or is plain rows to the byte."""
+
+
+def read_mapped(path: Path, trust: Trust) -> Index:
     """Read an index for reading only; a large file through a map.
 
     Args:
         path: The file.
-        trusted: Whether it was written a moment ago, and need not be checked.
+        trust: What need not be checked.
 
     Raises:
         StoreError: The file is not an index, or damaged.
@@ -63,8 +76,9 @@ def read_mapped(path: Path, *, trusted: bool) -> Index:
     # The flag is missing from old versions.
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     is_large = path.stat().st_size >= _SMALL
-    if not trusted:
+    if trust is Trust.NONE:
         _refuse_huge_counts(path)
+    if trust is not Trust.ALL:
         plain = read_limited(path, 0)
         if not (is_large and mapped):
             return plain

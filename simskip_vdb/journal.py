@@ -40,6 +40,7 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StateInUseError, StoreError
+from simskip_vdb.overlap import behind
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ class Journal:
         self._info = info
         self._lock: Any = None
         self.scanned: FileRef | None = None
+        self._known: dict[str, tuple[tuple[int, ...], tuple[Ids, Digests]]] = {}
+        self._sound: dict[str, tuple[int, ...]] = {}
         self._sure = True  # that the manifest on disk is the one in memory
         self.manifest = self._read_manifest()
 
@@ -187,7 +190,7 @@ class Journal:
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
     def path(self, ref: FileRef) -> Path:
-        """Return the path of a file that the manifest names, checked against its checksum.
+        """Return the path of a file that the manifest names, checked against its checksum once.
 
         Raises:
             JournalError: The file is missing or damaged.
@@ -195,10 +198,14 @@ class Journal:
         path = self.folder / ref.name
         if not path.is_file():
             raise JournalError(f"{path} is missing; restore the state folder from a backup")
-        if sha256_of(path) != ref.sha256:
-            raise JournalError(
-                f"{path} is damaged (its checksum differs); restore the state folder from a backup"
-            )
+        seen = _seen(path)
+        if self._sound.get(ref.name) != seen:
+            if sha256_of(path) != ref.sha256:
+                raise JournalError(
+                    f"{path} is damaged (its checksum differs); restore the state folder from a "
+                    "backup"
+                )
+            self._sound[ref.name] = seen
         return path
 
     def open_originals(self, write: Write) -> Rows:
@@ -312,6 +319,9 @@ class Journal:
         path = self.refiners / refiner / KNOWN
         if not path.is_file():
             return None
+        seen = _seen(path)
+        if refiner in self._known and self._known[refiner][0] == seen:
+            return self._known[refiner][1]
         try:
             with pa.OSFile(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
@@ -322,6 +332,7 @@ class Journal:
             raise JournalError(
                 f"{path} is damaged ({error}); restore the state folder from a backup"
             ) from error
+        self._known[refiner] = seen, (ids, digests)
         return ids, digests
 
     def forget_kept(self) -> list[str]:
@@ -418,12 +429,17 @@ class Journal:
 
         temporary = self.folder / f"{stem}.tmp"
         rows = 0
+
+        def counted(batches: Iterable[Any]) -> Iterator[Any]:
+            nonlocal rows
+            for batch in batches:
+                yield batch
+                rows += batch.num_rows
+
         with disk_errors(self.folder), open(temporary, "wb") as file:
             sink = HashingFile(file)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), first.schema) as writer:
-                for batch in chain([first], batches):
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
+                behind(writer.write_batch, counted(chain([first], batches)))
             file.flush()
             os.fsync(file.fileno())
             digest = sink.sha256.hexdigest()
@@ -452,6 +468,12 @@ class Journal:
                     file.unlink()
                 except OSError as error:
                     log.info("%s cannot be removed: %s", file, error)
+
+
+def _seen(path: Path) -> tuple[int, ...]:
+    """Tell a file from one that was written since."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _still_there(uri: str) -> bool:

@@ -27,15 +27,12 @@ from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
 from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.markers import marker_of
+from simskip_vdb.moving import Formula, Layer
 from simskip_vdb.store import VectorStore
 
 SCHEMA = 1
 WEIGHTS_FILE = "refiner.safetensors"
 SETTINGS_FILE = "refiner.json"
-BLOCK_ROWS = 8192
-
-Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Weight, shape (out, in), and bias, shape (out,), of a linear layer."""
 
 
 class LateRule(str, Enum):
@@ -94,12 +91,15 @@ class Refiner:
     chosen_on: NDArray[np.uint64] = field(default_factory=_no_digests)
     info: Mapping[str, Any] = field(default_factory=dict)
     id: str = field(init=False)
+    _formula: Formula = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.offset_ids):
             object.__setattr__(self, "offsets", np.empty((0, self.dim), dtype=np.float32))
         _check(self)
         object.__setattr__(self, "id", _digest(self))
+        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
+        object.__setattr__(self, "_formula", formula)
 
     @classmethod
     def identity(
@@ -149,7 +149,7 @@ class Refiner:
             slots = np.where(late, -1, slots)
             if self.late is LateRule.RAW:
                 move = ~late
-        return self._apply(x, slots, move)
+        return self._formula.apply(x, slots, move)
 
     def __call__(self, queries: NDArray[Any]) -> Vectors:
         """Refine queries: through f where both sides move, unchanged otherwise.
@@ -166,7 +166,7 @@ class Refiner:
         x = self._checked(queries)
         if not self.moves_queries:
             return x
-        return self._apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
+        return self._formula.apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
 
     def check(self, store: VectorStore) -> None:
         """Make sure that queries through this refiner belong to the rows of a store.
@@ -286,48 +286,6 @@ class Refiner:
             )
         places = np.minimum(np.searchsorted(table, ids), len(table) - 1)
         return np.where(table[places] == ids, places, -1)
-
-    def _apply(self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]) -> Vectors:
-        out = np.empty_like(x)
-        for start in range(0, len(x), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            out[block] = self._apply_block(x[block], slots[block], move[block])
-        return out
-
-    def _apply_block(
-        self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]
-    ) -> Vectors:
-        norms = _norms(x)
-        move = move & (norms > 0)
-        with np.errstate(invalid="ignore", over="ignore"):
-            unit = (x / np.where(move, norms, 1.0)[:, None]).astype(np.float32)
-            refined = unit
-            if self.alpha != 0 and self.layers:
-                refined = self._f(unit)
-                refined *= np.float32(self.alpha)
-                refined += unit
-            has_offset = slots >= 0
-            if self.beta != 0 and has_offset.any():
-                refined[has_offset] += np.float32(self.beta) * self.offsets[slots[has_offset]]
-            lengths = _norms(refined)
-            refined *= (norms / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[:, None]
-            # A direction that vanished or a number that overflowed has no refined form.
-            move &= (lengths > 0) & np.isfinite(refined).all(axis=1)
-        return np.where(move[:, None], refined, x)
-
-    def _f(self, unit: Vectors) -> Vectors:
-        h = unit
-        for number, (weight, bias) in enumerate(self.layers):
-            h = h @ weight.T
-            h += bias
-            if number < len(self.layers) - 1:
-                np.maximum(h, 0, out=h)
-        return h
-
-
-def _norms(x: Vectors) -> NDArray[np.float64]:
-    norms: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
-    return norms
 
 
 def _check(refiner: Refiner) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,18 @@ class Rows:
         import pyarrow as pa
 
         self.path = path
+        self._lock = Lock()  # the reader is not made for several threads
         try:
-            source = pa.OSFile(str(path))
-            self._reader = pa.ipc.open_file(source)
-            only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
-            ids = [ids_from_arrow(only_ids.get_batch(i)["id"]) for i in range(self._blocks)]
+            self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
+            # Of a map, only the pages with ids are read.
+            only_ids = pa.ipc.IpcReadOptions(included_fields=[0])
+            with pa.memory_map(str(path)) as mapped:
+                reader = pa.ipc.open_file(mapped, options=only_ids)
+                ids = [ids_from_arrow(reader.get_batch(i)["id"]) for i in range(self._blocks)]
+                self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
         except (OSError, pa.ArrowInvalid) as error:
             raise JournalError(f"{path} cannot be read: {error}") from error
         self.dim: int = self._reader.schema.field("vector").type.list_size
-        self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
         self._starts = np.cumsum([0, *map(len, ids)])
 
     def __len__(self) -> int:
@@ -75,7 +79,8 @@ class Rows:
         return int(self._reader.num_record_batches)
 
     def _block(self, i: int) -> Vectors:
-        vectors: Vectors = self._reader.get_batch(i)["vector"].flatten().to_numpy()
+        with self._lock:
+            vectors: Vectors = self._reader.get_batch(i)["vector"].flatten().to_numpy()
         return vectors.reshape(-1, self.dim)
 
 

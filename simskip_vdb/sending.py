@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
 from simskip_vdb.journal import NEW_VECTOR
-from simskip_vdb.outgoing import Refine, Written, refined_at
+from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.targets import InPlace, RowStore
@@ -73,23 +74,27 @@ class Sending:
     def send(self) -> None:
         """Write every row that does not hold its refined vector yet."""
         found, total = self._found, len(self._found.rows)
-        for start, block in found.rows.blocks():
-            part = slice(start, start + len(block))
-            refined = self._refine(start, block)
-            self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
-            due = np.isfinite(refined).all(axis=1)
-            if self._target.mode != NEW_VECTOR:
-                due &= ~self._settled[part] & (row_digests(refined) != found.digests[part])
-            elif self._target.filled:
-                due &= ~self._beside(found.rows.ids[part], refined)
-            self._due[part] = due
-            if due.any():
-                batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
-                first = not self._sent.any()
-                self._sent[np.flatnonzero(due) + start] = self._store.update(batch, self._unchanged)
-                if first and self._sent.any():
-                    self._check_first(part, batch)
-            self._progress("write", part.stop, total)
+        with closing(refined_blocks(found.rows, self._refine)) as blocks:
+            for start, block, refined in blocks:
+                self._send_block(start, block, refined)
+                self._progress("write", start + len(block), total)
+
+    def _send_block(self, start: int, block: Vectors, refined: Vectors) -> None:
+        found = self._found
+        part = slice(start, start + len(block))
+        self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
+        due = np.isfinite(refined).all(axis=1)
+        if self._target.mode != NEW_VECTOR:
+            due &= ~self._settled[part] & (row_digests(refined) != found.digests[part])
+        elif self._target.filled:
+            due &= ~self._beside(found.rows.ids[part], refined)
+        self._due[part] = due
+        if due.any():
+            batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
+            first = not self._sent.any()
+            self._sent[np.flatnonzero(due) + start] = self._store.update(batch, self._unchanged)
+            if first and self._sent.any():
+                self._check_first(part, batch)
 
     def _beside(self, ids: Ids, refined: Vectors) -> Mask:
         """Tell which rows have these vectors beside their own already."""
