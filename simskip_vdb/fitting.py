@@ -275,7 +275,7 @@ def treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateR
         blocks = space.refined_blocks(refiner, late)
         ranked = space.search(refiner(judged.vectors), blocks, TOP, skip).ids
         share = late_row_share(raw, ranked, late)
-        value = space.validate(refiner, late) if share.fair else -_unfairness(share)
+        value = space.validate([refiner], late)[0] if share.fair else -_unfairness(share)
         found.append((share.fair, value, share, rule))
     _, _, share, rule = max(found, key=lambda item: item[:2])
     return share, rule

@@ -8,7 +8,7 @@ that a result depends on: blocks that begin at a multiple of it may be cut as on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,11 +37,13 @@ class Formula:
 
     Attributes:
         layers: Of f, the factor of f folded into the last one; empty where f is not used.
+        alpha: That factor.
         offsets: Shape (m, d), the factor of offsets not yet applied.
         beta: That factor.
     """
 
     layers: tuple[Layer, ...]
+    alpha: float
     offsets: Vectors
     beta: float
 
@@ -49,23 +51,38 @@ class Formula:
     def of(cls, layers: tuple[Layer, ...], alpha: float, offsets: Vectors, beta: float) -> Formula:
         """Fold the factor of f into its last layer; leave out what has no effect."""
         if alpha == 0 or not layers:
-            return cls(layers=(), offsets=offsets, beta=beta)
+            return cls(layers=(), alpha=0.0, offsets=offsets, beta=beta)
         factor = np.float32(alpha)
         *first, (weight, bias) = layers
         last = (factor * weight, factor * bias)
-        return cls(layers=(*first, last), offsets=offsets, beta=beta)
+        return cls(layers=(*first, last), alpha=alpha, offsets=offsets, beta=beta)
 
-    def apply(self, x: Vectors, slots: Positions, move: Mask) -> Vectors:
+    def apply(self, x: Vectors, slots: Positions, move: Mask, f: Vectors | None = None) -> Vectors:
         """Move rows.
 
         Args:
             x: Shape (n, d).
             slots: Each row's offset, -1 for none, shape (n,).
             move: Rows that move, shape (n,); the others are returned bit for bit.
+            f: What `f` returned for these rows, shape (n, d); None to compute it.
 
         Returns:
             Shape (n, d).
         """
+
+        def apply(room: _Room, piece: slice, out: Vectors) -> None:
+            known = None if f is None else f[piece]
+            room.apply(x[piece], slots[piece], move[piece], known, out)
+
+        return self._by_pieces(x, apply)
+
+    def f(self, x: Vectors) -> Vectors:
+        """Return what f makes of rows, without its factor, shape (n, d): others may share it."""
+        found = self._by_pieces(x, lambda room, piece, out: room.f(x[piece], out))
+        found /= np.float32(self.alpha)
+        return found
+
+    def _by_pieces(self, x: Vectors, do: Callable[[_Room, slice, Vectors], None]) -> Vectors:
         out = np.empty_like(x)
         starts = iter(range(0, len(x), PIECE))
 
@@ -73,7 +90,7 @@ class Formula:
             room = _Room(self, min(PIECE, len(x)))
             for start in starts:  # each thread takes the next piece
                 piece = slice(start, start + PIECE)
-                room.apply(x[piece], slots[piece], move[piece], out[piece])
+                do(room, piece, out[piece])
 
         workers = min(cores(), -(-len(x) // PIECE))
         with _blas_on_one_thread():
@@ -95,15 +112,27 @@ class _Room:
         # Against an array NumPy takes a maximum four times as fast as against a number.
         self._zeros = [np.zeros_like(room) for room in self._hidden]
 
-    def apply(self, x: Vectors, slots: Positions, move: Mask, out: Vectors) -> None:
+    def f(self, x: Vectors, out: Vectors) -> None:
+        """Write what f makes of rows, with its factor, shape (b, d)."""
+        norms = _norms(x)
+        with np.errstate(invalid="ignore", over="ignore", under="ignore"):
+            self._f(self._unit_of(x, np.where(norms > 0, norms, 1.0)), out)
+
+    def apply(
+        self, x: Vectors, slots: Positions, move: Mask, f: Vectors | None, out: Vectors
+    ) -> None:
+        """Write the moved rows, shape (b, d)."""
         norms = _norms(x)
         move = move & (norms > 0)
         if not self._formula.layers:
             move &= slots >= 0
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            divisors = _divisors(np.where(move, norms, 1.0))
-            unit = np.divide(x, divisors, out=self._unit[: len(x)], casting="same_kind")
-            self._moved(unit, out)
+            unit = self._unit_of(x, np.where(move, norms, 1.0))
+            if f is None:
+                self._f(unit, out)
+            else:
+                np.multiply(f, np.float32(self._formula.alpha), out=out)
+            out += unit
             offset = np.flatnonzero(slots >= 0)
             if self._formula.beta != 0 and len(offset):
                 beta = np.float32(self._formula.beta)
@@ -118,11 +147,15 @@ class _Room:
         if not move.all():
             out[~move] = x[~move]
 
-    def _moved(self, unit: Vectors, out: Vectors) -> None:
-        """Write x̂ + f(x̂), shape (b, d)."""
+    def _unit_of(self, x: Vectors, norms: NDArray[np.float64]) -> Vectors:
+        unit = self._unit[: len(x)]
+        np.divide(x, _divisors(norms), out=unit, casting="same_kind")
+        return unit
+
+    def _f(self, unit: Vectors, out: Vectors) -> None:
         layers = self._formula.layers
         if not layers:
-            out[:] = unit
+            out[:] = 0
             return
         h = unit
         for (weight, bias), room, zeros in zip(layers, self._hidden, self._zeros, strict=False):
@@ -132,7 +165,6 @@ class _Room:
         weight, bias = layers[-1]
         np.matmul(h, weight.T, out=out)
         out += bias
-        out += unit
 
 
 def _norms(x: Vectors) -> NDArray[np.float64]:

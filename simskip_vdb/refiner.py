@@ -119,8 +119,27 @@ class Refiner:
         """Whether queries are refined too, not only stored rows."""
         return self.side is Side.BOTH and self.alpha != 0 and bool(self.layers)
 
+    def f(self, vectors: NDArray[Any]) -> Vectors | None:
+        """Return f of rows, which refiners of the same layers share; None where f is not used.
+
+        Args:
+            vectors: Shape (n, d), any float dtype.
+
+        Returns:
+            Shape (n, d), float32.
+
+        Raises:
+            DataError: The dimension is not the refiner's.
+        """
+        x = self._checked(vectors)
+        return self._formula.f(x) if self._formula.layers else None
+
     def refine_rows(
-        self, vectors: NDArray[Any], ids: Ids, late: NDArray[np.bool_] | None = None
+        self,
+        vectors: NDArray[Any],
+        ids: Ids,
+        late: NDArray[np.bool_] | None = None,
+        f: Vectors | None = None,
     ) -> Vectors:
         """Refine stored rows.
 
@@ -131,6 +150,7 @@ class Refiner:
             vectors: Original vectors, shape (n, d), any float dtype.
             ids: Row ids, shape (n,).
             late: Shape (n,), true for rows that arrived after the fit; None for none.
+            f: What `f` returned for these rows; None to compute it.
 
         Returns:
             Shape (n, d), float32; the input itself where nothing moves.
@@ -149,7 +169,7 @@ class Refiner:
             slots = np.where(late, -1, slots)
             if self.late is LateRule.RAW:
                 move = ~late
-        return self._formula.apply(x, slots, move)
+        return self._formula.apply(x, slots, move, f)
 
     def __call__(self, queries: NDArray[Any]) -> Vectors:
         """Refine queries: through f where both sides move, unchanged otherwise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +50,7 @@ VIEW_TEMPERATURE = 0.1
 def fit_refiner(
     problem: Problem,
     settings: FitSettings,
-    validate: Callable[[Refiner], float],
+    validate: Callable[[Sequence[Refiner]], Sequence[float]],
     *,
     progress: Progress = lambda done, total, stage: None,
     plan: Plan | None = None,
@@ -61,7 +61,7 @@ def fit_refiner(
     Args:
         problem: Rows, judgments and groups.
         settings: How to fit.
-        validate: Score of a refiner on validation queries, higher is better.
+        validate: Scores of refiners of the same f on validation queries, higher is better.
         progress: Called after every step.
         plan: Choices of an earlier fit; `validate` is then not called.
         checkpoint: File of this fit alone, by which it goes on after an interruption.
@@ -79,7 +79,8 @@ def fit_refiner(
     if plan is not None:
         return fitted
     plans = candidates(signal)
-    trials = tuple(Trial(plan=plan, score=validate(fitted.moved(plan))) for plan in plans)
+    scores = validate([fitted.moved(plan) for plan in plans])
+    trials = tuple(Trial(plan=p, score=score) for p, score in zip(plans, scores, strict=True))
     best = max(trials, key=lambda trial: trial.score)  # the first of equals: the smallest move
     return replace(fitted, plan=best.plan, trials=trials)
 

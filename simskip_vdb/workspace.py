@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.search import ExactSearch
 from simskip_vdb.store import Marked, RowWritable, VectorStore
 from simskip_vdb.targets import holding
 
@@ -134,11 +135,17 @@ class Workspace:
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
     def refined(
-        self, refiner: Refiner, start: int, block: Vectors, late: Mask | None = None
+        self,
+        refiner: Refiner,
+        start: int,
+        block: Vectors,
+        late: Mask | None = None,
+        f: Vectors | None = None,
     ) -> Vectors:
         """Refine a block of originals whose first row is at position `start`."""
         part = slice(start, start + len(block))
-        return refiner.refine_rows(block, self.rows.ids[part], None if late is None else late[part])
+        late = None if late is None else late[part]
+        return refiner.refine_rows(block, self.rows.ids[part], late, f)
 
     def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
         """Yield all rows refined."""
@@ -205,16 +212,25 @@ class Workspace:
             held |= self.held(Split.TEST)
         return held if held.any() else None
 
-    def validate(self, refiner: Refiner, late: Mask | None = None) -> float:
-        """Score a refiner on the validation queries by the chosen measure, higher is better."""
+    def validate(self, refiners: Sequence[Refiner], late: Mask | None = None) -> list[float]:
+        """Score refiners of the same f on the validation queries by the chosen measure.
+
+        Higher is better. The rows are read once, and go through f once.
+        """
         judged = self.judged.queries[Split.VALIDATION]
-        found = self.search(
-            refiner(judged.vectors),
-            self.refined_blocks(refiner, late),
-            depth(self.measures[:1], judged),
-            self.skipped(Split.VALIDATION),
-        )
-        return float(score(judged, found.ids, self.measures[:1])[self.measure].mean())
+        k, skip = depth(self.measures[:1], judged), self.skipped(Split.VALIDATION)
+        searches = [
+            ExactSearch(refiner(judged.vectors), k, self.info.metric, skip) for refiner in refiners
+        ]
+        using_f = next((refiner for refiner in refiners if refiner.layers), refiners[0])
+        for start, block in self._watched(self.rows.blocks()):
+            f = using_f.f(block)
+            for refiner, search in zip(refiners, searches, strict=True):
+                search.add(start, self.refined(refiner, start, block, late, f))
+        return [
+            float(score(judged, search.found().ids, self.measures[:1])[self.measure].mean())
+            for search in searches
+        ]
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""

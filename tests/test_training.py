@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,7 +79,15 @@ def precision(problem: Problem, held: JudgedQueries) -> Callable[[Refiner], floa
     return validate
 
 
-def never(refiner: Refiner) -> float:
+def each(validate: Callable[[Refiner], float]) -> Callable[[Sequence[Refiner]], list[float]]:
+    return lambda refiners: [validate(refiner) for refiner in refiners]
+
+
+def nothing(refiners: Sequence[Refiner]) -> list[float]:
+    return [0.0] * len(refiners)
+
+
+def never(refiners: Sequence[Refiner]) -> list[float]:
     raise AssertionError("a plan leaves nothing to choose")
 
 
@@ -87,7 +95,7 @@ def never(refiner: Refiner) -> float:
 def test_judged_queries_lift_queries_that_were_not_seen(problem: Problem, side: Side) -> None:
     fit, held = split(problem)
     validate = precision(fit, held)
-    fitted = fit_refiner(fit, replace(QUICK, side=side, steps=60), validate)
+    fitted = fit_refiner(fit, replace(QUICK, side=side, steps=60), each(validate))
     before, after = validate(Refiner.identity(DIM)), validate(fitted.refiner)
     assert fitted.signal is Signal.JUDGED
     assert after > before + 0.1
@@ -110,7 +118,7 @@ def test_groups_lift_precision() -> None:
         top = np.argsort(-scores, axis=1)[:, :10]
         return float((groups[top] == groups[held][:, None]).mean())
 
-    fitted = fit_refiner(fit, QUICK, validate)
+    fitted = fit_refiner(fit, QUICK, each(validate))
     assert fitted.signal is Signal.GROUPS
     assert validate(fitted.refiner) > validate(Refiner.identity(DIM)) + 0.02
     assert not np.isin(problem.ids[held], fitted.refiner.offset_ids).any()
@@ -128,13 +136,13 @@ def test_label_free_signals_move_rows_by_f_alone(problem: Problem, signal: Signa
 
 def test_an_odd_row_at_the_end_of_an_epoch_is_no_batch_of_its_own(problem: Problem) -> None:
     settings = replace(QUICK, steps=3, batch_size=ROWS - 1, signal=Signal.AUGMENT)
-    fitted = fit_refiner(problem, settings, lambda refiner: 0.0)
+    fitted = fit_refiner(problem, settings, nothing)
     assert fitted.refiner.is_identity
 
 
 def test_auto_without_queries_or_groups_takes_neighbours(problem: Problem) -> None:
     alone = replace(problem, queries=None, groups=None)
-    fitted = fit_refiner(alone, replace(QUICK, steps=2), lambda refiner: 0.0)
+    fitted = fit_refiner(alone, replace(QUICK, steps=2), nothing)
     assert fitted.signal is Signal.NEIGHBOURS
 
 
@@ -142,7 +150,7 @@ def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
     def validate(refiner: Refiner) -> float:
         return 0.5 if refiner.is_identity else 0.5 - refiner.alpha
 
-    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), each(validate))
     assert fitted.refiner.is_identity
     assert fitted.plan.alpha == fitted.plan.beta == 0
     assert [trial.plan for trial in fitted.trials] == candidates(Signal.JUDGED)
@@ -152,7 +160,7 @@ def test_f_and_offsets_move_by_the_weight_that_validates_best(problem: Problem) 
     def validate(refiner: Refiner) -> float:
         return -abs(refiner.alpha - 0.75) - abs(refiner.beta - 0.75)
 
-    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), each(validate))
     assert (fitted.refiner.alpha, fitted.refiner.beta) == (0.75, 0.75)
     assert fitted.refiner.layers
     assert len(fitted.refiner.offset_ids)
@@ -185,7 +193,7 @@ def test_same_seed_same_refiner(problem: Problem) -> None:
 
 def test_plan_repeats_the_choices_of_a_fit(problem: Problem) -> None:
     fit, held = split(problem)
-    fitted = fit_refiner(fit, QUICK, precision(fit, held))
+    fitted = fit_refiner(fit, QUICK, each(precision(fit, held)))
     again = fit_refiner(fit, QUICK, never, plan=fitted.plan)
     assert again.refiner.id == fitted.refiner.id
     assert again.trials == ()
@@ -265,7 +273,7 @@ def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) ->
 def test_other_metrics_fit_too(problem: Problem, metric: Metric) -> None:
     fit, held = split(replace(problem, metric=metric))
     validate = precision(fit, held)
-    refiner = fit_refiner(fit, QUICK, validate).refiner
+    refiner = fit_refiner(fit, QUICK, each(validate)).refiner
     assert validate(refiner) > validate(Refiner.identity(DIM)) + 0.1
 
 
@@ -371,20 +379,20 @@ def test_a_loss_that_is_not_finite_stops(problem: Problem) -> None:
     vectors: NDArray[np.float32] = problem.vectors.copy()
     vectors[0, 0] = np.nan
     with pytest.raises(FitError, match="the loss is nan at step 1"):
-        fit_refiner(replace(problem, vectors=vectors), QUICK, lambda refiner: 0.0)
+        fit_refiner(replace(problem, vectors=vectors), QUICK, nothing)
 
 
 @pytest.mark.parametrize("signal", [Signal.JUDGED, Signal.GROUPS])
 def test_a_signal_that_is_not_there_is_refused(problem: Problem, signal: Signal) -> None:
     alone = replace(problem, queries=None, groups=None)
     with pytest.raises(DataError, match="there are none"):
-        fit_refiner(alone, replace(QUICK, signal=signal), lambda refiner: 0.0)
+        fit_refiner(alone, replace(QUICK, signal=signal), nothing)
 
 
 def test_one_usable_row_is_refused(problem: Problem) -> None:
     usable = np.arange(ROWS) == 4
     with pytest.raises(DataError, match="1 rows can be used"):
-        fit_refiner(replace(problem, usable=usable), QUICK, lambda refiner: 0.0)
+        fit_refiner(replace(problem, usable=usable), QUICK, nothing)
 
 
 def test_missing_torch_names_the_extra() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -63,7 +64,7 @@ def problem(stored: Stored) -> Problem:
     )
 
 
-def never(refiner: Refiner) -> float:
+def never(refiners: Sequence[Refiner]) -> list[float]:
     raise AssertionError("a plan leaves nothing to choose")
 
 
