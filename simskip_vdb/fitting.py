@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +53,28 @@ def fit_or_recall(space: Workspace, progress: Progress) -> Refiner:
         FitError: The fit diverged.
         MissingDependencyError: torch is not installed.
     """
-    key = _key(space)
+    key = fit_key(space)
     refiner = _recall(space.journal.refiners, key)
     if refiner is None:
-        with space.timed("fit"):
+        with space.timed("fit"), checkpoints(space, key):
             refiner = _fit(space, key, progress)
     return refiner
+
+
+@contextmanager
+def checkpoints(space: Workspace, key: str) -> Iterator[None]:
+    """Give every fit of a run a checkpoint, by its number, until the run has fitted them all.
+
+    Args:
+        space: The index and its judgments.
+        key: Hash of everything that the fits depend on.
+    """
+    folder = space.journal.fits
+    numbers = count()
+    space.checkpoint = lambda: folder / f"{key}-{next(numbers)}"
+    yield
+    space.checkpoint = lambda: None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def validated(refiner: Refiner) -> Measured | None:
@@ -95,6 +113,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
             space.validate,
             progress=lambda done, total, _: progress(stage, done, total),
             plan=plan,
+            checkpoint=space.checkpoint(),
         )
 
     if not len(judged.queries[Split.VALIDATION]):
@@ -308,7 +327,7 @@ def _recall(folder: Path, key: str) -> Refiner | None:
     return None
 
 
-def _key(space: Workspace) -> str:
+def fit_key(space: Workspace) -> str:
     """Hash everything that a fit depends on: rows, judgments, settings, version."""
     digest = hashlib.sha256(version("simskip-vdb").encode())
     settings = asdict(space.settings.fit) | {"growing": space.settings.growing}

@@ -9,6 +9,7 @@ A state folder holds
     unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
     refiners/ID/           fitted refiners, and which rows each knows (known.arrow)
+    fits/                  checkpoints of fits under way, or interrupted
     ledger.json            splits of queries, and looks at the test queries
     lock, holder           held while a run goes on, and by which process
 
@@ -183,6 +184,11 @@ class Journal:
     def refiners(self) -> Path:
         """Folder of fitted refiners, one a subfolder named by id."""
         return self.folder / "refiners"
+
+    @property
+    def fits(self) -> Path:
+        """Folder of checkpoints, removed when a run has fitted."""
+        return self.folder / "fits"
 
     @property
     def size(self) -> int:

@@ -90,6 +90,7 @@ class Workspace:
         held_by: The store whose rows are what the application finds now.
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
+        checkpoint: Returns the file by which the next fit goes on after an interruption.
         progress: Called with (stage, done, total).
     """
 
@@ -119,6 +120,7 @@ class Workspace:
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
         self.seconds: dict[str, float] = {}
+        self.checkpoint: Callable[[], Path | None] = lambda: None
 
     @property
     def measure(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 from judged import QUERIES, Case, make_case
 
 import simskip_vdb as ss
-from simskip_vdb import fitting, gate
+from simskip_vdb import checkpoint, crossfit, fitting, gate, pipeline
 from simskip_vdb.config import Signal
 from simskip_vdb.datatypes import Split, silent
 from simskip_vdb.fitting import _folds, _ranked, fit_or_recall
@@ -49,6 +49,47 @@ def fitted(
     settings = ss.Settings(state=state, growing=growing)
     with open_workspace(store, judgments, settings, silent) as space:
         return space, fit_or_recall(space, silent)
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a fit."""
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_an_interrupted_run_of_fits_goes_on_where_it_was(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(crossfit, "BELOW", QUERIES + 1 if few else 0)
+    monkeypatch.setattr(gate, "MIN_QUERIES", 1)
+    judgments = ss.read_judgments(case.files)
+
+    def run(state: str, stop: int | None = None) -> tuple[str, list[tuple[str, int]]]:
+        seen: list[tuple[str, int]] = []
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in ("read", "search"):
+                seen.append((stage, done))
+            if len(seen) == stop:
+                raise Killed
+
+        settings = ss.Settings(state=tmp_path / state)
+        with open_workspace(ss.open_store(str(case.index)), judgments, settings, watch) as space:
+            fits = space.journal.fits
+            try:
+                refiner, _ = pipeline.fitted(space, watch)
+            except Killed:
+                assert list(fits.iterdir())
+                return "", seen
+            assert not fits.exists()
+            return refiner.id, seen
+
+    whole, steps = run("whole")
+    stop = 2 * len(steps) // 3
+    assert run("killed", stop)[1] == steps[:stop]
+    resumed, rest = run("killed")
+    assert resumed == whole
+    assert rest == steps[stop:]  # neither is a step taken again nor left out
 
 
 def test_drawn_validation_queries_are_learnt_from_once_they_have_chosen(
