@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from simskip_vdb.datatypes import Mask, Positions, Vectors
@@ -34,28 +36,30 @@ class OnDevice:
         self._offsets = self._there(np.concatenate([formula.offsets, none])) * formula.beta
         self._streams = [self._stream() for _ in range(STREAMS)]
 
-    def apply(self, x: Vectors, slots: Positions, move: Mask) -> Vectors:
+    def f(self, x: Vectors) -> None:
+        """Return nothing to share: here computing again costs less than sending."""
+
+    def apply(self, x: Vectors, slots: Positions, move: Mask, f: Vectors | None = None) -> Vectors:
         """Move rows.
 
         Args:
-            x: Shape (n, d); pages that are pinned travel while others compute.
+            x: Shape (n, d).
             slots: Each row's offset, -1 for none, shape (n,).
             move: Rows that move, shape (n,); the others are returned bit for bit.
+            f: Not used.
 
         Returns:
             Shape (n, d).
         """
-        source = torch.from_numpy(np.ascontiguousarray(x))
-        pinned = source.is_pinned()
-        target = torch.empty_like(source, pin_memory=pinned)
+        on_gpu = self._device.type == "cuda"
+        target = torch.empty(x.shape, dtype=torch.float32, pin_memory=on_gpu)
         slots = np.where(slots < 0, len(self._offsets) - 1, slots)
         for number, start in enumerate(range(0, len(x), PIECE)):
             piece = slice(start, start + PIECE)
             with self._streams[number % STREAMS]:
-                there = source[piece].to(self._device, non_blocking=True)
-                moved = self._moved(there, self._there(slots[piece]), self._there(move[piece]))
-                target[piece].copy_(moved, non_blocking=pinned)
-        if self._device.type == "cuda":
+                arrays = (self._there(array[piece]) for array in (x, slots, move))
+                target[piece].copy_(self._moved(*arrays), non_blocking=on_gpu)
+        if on_gpu:
             torch.cuda.synchronize(self._device)
         out: Vectors = target.numpy()
         return out
@@ -80,8 +84,12 @@ class OnDevice:
         move = move & (norms > 0) & (lengths > 0) & moved.isfinite().all(dim=1)
         return torch.where(move[:, None], moved, x)
 
-    def _there(self, array: np.ndarray) -> Tensor:
-        return torch.as_tensor(array, device=self._device)
+    def _there(self, array: NDArray[Any]) -> Tensor:
+        """Send an array, by way of pinned memory, so that it travels while others compute."""
+        here = torch.tensor(array)
+        if self._device.type == "cuda":
+            here = here.pin_memory()
+        return here.to(self._device, non_blocking=True)
 
     def _stream(self) -> AbstractContextManager[object]:
         if self._device.type != "cuda":

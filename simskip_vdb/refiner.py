@@ -13,10 +13,11 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
@@ -29,6 +30,9 @@ from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.markers import marker_of
 from simskip_vdb.moving import Formula, Layer
 from simskip_vdb.store import VectorStore
+
+if TYPE_CHECKING:
+    from simskip_vdb.moving_on_device import OnDevice
 
 SCHEMA = 1
 WEIGHTS_FILE = "refiner.safetensors"
@@ -91,7 +95,7 @@ class Refiner:
     chosen_on: NDArray[np.uint64] = field(default_factory=_no_digests)
     info: Mapping[str, Any] = field(default_factory=dict)
     id: str = field(init=False)
-    _formula: Formula = field(init=False, repr=False)
+    _formula: Formula | OnDevice = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.offset_ids):
@@ -120,7 +124,7 @@ class Refiner:
         return self.side is Side.BOTH and self.alpha != 0 and bool(self.layers)
 
     def f(self, vectors: NDArray[Any]) -> Vectors | None:
-        """Return f of rows, which refiners of the same layers share; None where f is not used.
+        """Return f of rows, for refiners of the same layers to share; None if there is none.
 
         Args:
             vectors: Shape (n, d), any float dtype.
@@ -132,7 +136,22 @@ class Refiner:
             DataError: The dimension is not the refiner's.
         """
         x = self._checked(vectors)
-        return self._formula.f(x) if self._formula.layers else None
+        return self._formula.f(x) if self.alpha and self.layers else None
+
+    def on(self, device: str) -> Refiner:
+        """Return the same refiner, computing on a device of torch.
+
+        Last digits differ from what the CPU computes.
+
+        Args:
+            device: Such as ``cuda``.
+        """
+        from simskip_vdb.moving_on_device import OnDevice
+
+        placed = copy(self)
+        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
+        object.__setattr__(placed, "_formula", OnDevice(formula, device))
+        return placed
 
     def refine_rows(
         self,

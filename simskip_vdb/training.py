@@ -95,7 +95,7 @@ def _train(
     count = np.count_nonzero(problem.usable)
     if count < 2:
         raise DataError(f"{count} rows can be used; a fit needs at least 2")
-    device = _device(settings.device)
+    device = device_of(settings.device)
     kind = torch.device(device).type
     problem = working_set(problem, signal, replace(settings, device=device))
     usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
@@ -202,7 +202,12 @@ def _signal(problem: Problem, settings: FitSettings) -> Signal:
     return Signal.NEIGHBOURS if problem.groups is None else Signal.GROUPS
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Return the device that a setting stands for.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -120,6 +121,7 @@ class Workspace:
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
         self.seconds: dict[str, float] = {}
+        self._on_device: dict[str, Refiner] = {}
         self.checkpoint: Callable[[], Path | None] = lambda: None
 
     @property
@@ -147,7 +149,19 @@ class Workspace:
         """Refine a block of originals whose first row is at position `start`."""
         part = slice(start, start + len(block))
         late = None if late is None else late[part]
-        return refiner.refine_rows(block, self.rows.ids[part], late, f)
+        return self._placed(refiner).refine_rows(block, self.rows.ids[part], late, f)
+
+    def _placed(self, refiner: Refiner) -> Refiner:
+        """Return a refiner where the run computes; torch is not loaded only to look for a GPU."""
+        name = self.settings.fit.device
+        if name == "cpu" or (name == "auto" and "torch" not in sys.modules):
+            return refiner
+        if refiner.id not in self._on_device:
+            from simskip_vdb.training import device_of
+
+            device = device_of(name)
+            self._on_device = {refiner.id: refiner if device == "cpu" else refiner.on(device)}
+        return self._on_device[refiner.id]
 
     def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
         """Yield all rows refined."""
@@ -226,7 +240,7 @@ class Workspace:
         ]
         using_f = next((refiner for refiner in refiners if refiner.layers), refiners[0])
         for start, block in self._watched(self.rows.blocks()):
-            f = using_f.f(block)
+            f = self._placed(using_f).f(block)
             for refiner, search in zip(refiners, searches, strict=True):
                 search.add(start, self.refined(refiner, start, block, late, f))
         return [

@@ -407,8 +407,8 @@ def test_missing_torch_names_the_extra() -> None:
 
 
 def test_auto_device_is_one_that_exists() -> None:
-    assert training._device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert training._device("cpu") == "cpu"
+    assert training.device_of("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert training.device_of("cpu") == "cpu"
 
 
 class Killed(Exception):
