@@ -121,7 +121,6 @@ class Workspace:
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
         self.seconds: dict[str, float] = {}
-        self._on_device: dict[str, Refiner] = {}
         self.checkpoint: Callable[[], Path | None] = lambda: None
 
     @property
@@ -149,24 +148,23 @@ class Workspace:
         """Refine a block of originals whose first row is at position `start`."""
         part = slice(start, start + len(block))
         late = None if late is None else late[part]
-        return self._placed(refiner).refine_rows(block, self.rows.ids[part], late, f)
+        return refiner.refine_rows(block, self.rows.ids[part], late, f)
 
-    def _placed(self, refiner: Refiner) -> Refiner:
+    def placed(self, refiner: Refiner) -> Refiner:
         """Return a refiner where the run computes; torch is not loaded only to look for a GPU."""
         name = self.settings.fit.device
         if name == "cpu" or (name == "auto" and "torch" not in sys.modules):
             return refiner
-        if refiner.id not in self._on_device:
-            from simskip_vdb.training import device_of
+        from simskip_vdb.training import device_of
 
-            device = device_of(name)
-            self._on_device = {refiner.id: refiner if device == "cpu" else refiner.on(device)}
-        return self._on_device[refiner.id]
+        device = device_of(name)
+        return refiner if device == "cpu" else refiner.on(device)
 
     def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
         """Yield all rows refined."""
+        placed = self.placed(refiner)
         for start, block in self.rows.blocks():
-            yield start, self.refined(refiner, start, block, late)
+            yield start, self.refined(placed, start, block, late)
 
     def current_blocks(self) -> Blocks:
         """Yield all rows as the index holds them now."""
@@ -238,10 +236,11 @@ class Workspace:
         searches = [
             ExactSearch(refiner(judged.vectors), k, self.info.metric, skip) for refiner in refiners
         ]
-        using_f = next((refiner for refiner in refiners if refiner.layers), refiners[0])
+        placed = [self.placed(refiner) for refiner in refiners]
+        using_f = next((refiner for refiner in placed if refiner.layers), placed[0])
         for start, block in self._watched(self.rows.blocks()):
-            f = self._placed(using_f).f(block)
-            for refiner, search in zip(refiners, searches, strict=True):
+            f = using_f.f(block)
+            for refiner, search in zip(placed, searches, strict=True):
                 search.add(start, self.refined(refiner, start, block, late, f))
         return [
             float(score(judged, search.found().ids, self.measures[:1])[self.measure].mean())
