@@ -357,6 +357,6 @@ def describe(info: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f"the best of {found['candidates']} candidates scored {found['best']:.4f} on "
+        f"the one chosen of {found['candidates']} candidates scored {found['best']:.4f} on "
         f"{found['queries']} queries to choose by, the vectors as they are {found['identity']:.4f}"
     )

@@ -51,7 +51,8 @@ class Settings:
     Attributes:
         fit: How to fit.
         measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
-        growing: Whether rows keep arriving, so that unfairness to late rows refuses.
+        growing: Whether rows keep arriving, so that the fit prefers what is fair to late rows, and
+            unfairness to them refuses.
         mode: Where rows of a collection are written: ``in-place``, ``new-vector`` or
             ``new-collection``.
         refiner: Folder of a fitted refiner to use instead of fitting one.
