@@ -198,7 +198,6 @@ def _median(plans: list[Plan]) -> Plan:
     return Plan(
         alpha=float(np.median([plan.alpha for plan in plans])),
         beta=float(np.median([plan.beta for plan in plans])),
-        own=bool(np.median([plan.own for plan in plans]) > 0),
     )
 
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from simskip_vdb.config import Signal
-from simskip_vdb.datatypes import Vectors
 from simskip_vdb.refiner import Refiner
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # candidates for alpha = beta, the identity first
-OWN_GRID = (0.25, 0.5, 0.75, 1.0, 1.25)  # the same, of offsets without what queries share
 LESS_BY_OFFSETS = ((1.0, 0.75), (1.0, 0.5))  # alpha and beta that are fairer to late rows
-SHARED = 8  # directions that queries share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +18,10 @@ class Plan:
     Attributes:
         alpha: Weight of f.
         beta: Weight of the offsets.
-        own: Whether offsets leave out the directions that queries share. A judged row then rises
-            for its own queries, and less for all others, whose relevant rows it would pass.
     """
 
     alpha: float
     beta: float
-    own: bool = False
 
 
 IDENTITY = Plan(alpha=0.0, beta=0.0)
@@ -49,14 +41,12 @@ class Fitted:
 
     Attributes:
         whole: Moves by all of f and the offsets; `moved` makes candidates of it.
-        shared: Directions that the queries it learnt from share, shape (k, d), orthonormal.
         plan: What was chosen or given; the identity where nothing beat it.
         trials: Candidates in the order of `candidates`; empty where a plan was given.
         signal: What it learnt from.
     """
 
     whole: Refiner
-    shared: Vectors
     plan: Plan
     trials: tuple[Trial, ...]
     signal: Signal
@@ -71,8 +61,6 @@ class Fitted:
         used, beta = self.whole, plan.beta
         if beta == 0 or not len(used.offset_ids):
             used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
-        elif plan.own:
-            used = replace(used, offsets=used.offsets - used.offsets @ self.shared.T @ self.shared)
         return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
 
 
@@ -80,25 +68,5 @@ def candidates(signal: Signal) -> list[Plan]:
     """Return the plans that compete, the identity first; of equals the first is chosen."""
     plans = [Plan(alpha=weight, beta=weight) for weight in GRID]
     if signal is Signal.JUDGED:
-        plans += [Plan(alpha=weight, beta=weight, own=True) for weight in OWN_GRID]
         plans += [Plan(alpha=alpha, beta=beta) for alpha, beta in LESS_BY_OFFSETS]
     return plans
-
-
-def shared_directions(queries: Vectors | None, dim: int) -> Vectors:
-    """Return the principal directions of unit queries, about the origin and not about their mean.
-
-    Args:
-        queries: Shape (m, dim), float32; None for none. Zero or not finite, they do not count.
-        dim: Dimension of the vectors.
-
-    Returns:
-        Shape (at most `SHARED`, dim), float32, orthonormal; empty without queries.
-    """
-    if queries is None or not len(queries):
-        return np.empty((0, dim), np.float32)
-    norms = np.linalg.norm(queries, axis=1, keepdims=True)  # (m, 1)
-    sound = (np.isfinite(norms) & (norms > 0))[:, 0]
-    unit = queries[sound] / norms[sound]
-    _, axes = np.linalg.eigh(unit.T @ unit)  # the strongest last
-    return np.ascontiguousarray(axes[:, -SHARED:].T, dtype=np.float32)

@@ -26,7 +26,7 @@ except ImportError as error:
 from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
-from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates, shared_directions
+from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates
 from simskip_vdb.plans import Plan as Plan
 from simskip_vdb.sampling import Problem as Problem
 from simskip_vdb.sampling import Sampler, Step
@@ -73,9 +73,7 @@ def fit_refiner(
     signal = _signal(problem, settings)
     with torch_threads():
         whole = _train(problem, settings, signal, progress, checkpoint)
-    queries = None if problem.queries is None else problem.queries.vectors
-    shared = shared_directions(queries, whole.dim)
-    fitted = Fitted(whole=whole, shared=shared, plan=plan or IDENTITY, trials=(), signal=signal)
+    fitted = Fitted(whole=whole, plan=plan or IDENTITY, trials=(), signal=signal)
     if plan is not None:
         return fitted
     plans = candidates(signal)

@@ -161,7 +161,6 @@ def test_the_choice_weighs_folds_by_their_queries() -> None:
         trials = tuple(Trial(plan=p, score=s) for p, s in zip(plans, scores, strict=True))
         return Fitted(
             whole=Refiner.identity(2),
-            shared=np.empty((0, 2), np.float32),
             plan=plans[0],
             trials=trials,
             signal=Signal.JUDGED,
