@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -57,18 +58,25 @@ def main() -> None:
     measures: dict[str, Callable[[], dict[str, Any]]] = {"start": start_up, "fit": fit_step}
     for cell in wanted:
         measures[" ".join(map(str, cell))] = lambda cell=cell: measure(*cell)  # type: ignore[misc]
+    failed: list[str] = []
     for number, (name, do) in enumerate(measures.items(), 1):
         if name in found.get("cells", {}) and not options.again:
             continue
         print(f"{number} of {len(measures)}: {name}", file=sys.stderr, flush=True)
         begin = time.perf_counter()
-        cells = {**found.get("cells", {}), name: do()}
+        try:
+            cells = {**found.get("cells", {}), name: do()}
+        except subprocess.CalledProcessError:
+            failed.append(name)
+            continue
         print(f"  {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         found = {"machine": machine.describe(), "cells": cells}
         options.results.parent.mkdir(exist_ok=True)
         options.results.write_text(json.dumps(found, indent=1) + "\n")
     put(options.readme, table(found["cells"]))
     print(f"saved {options.results}")
+    if failed:
+        raise SystemExit(f"not measured, see above: {', '.join(failed)}")
 
 
 def measure(store: str, rows: int, dim: int) -> dict[str, Any]:
@@ -84,7 +92,11 @@ def measure(store: str, rows: int, dim: int) -> dict[str, Any]:
 
 def call(name: str, cell: Cell) -> dict[str, Any]:
     arguments = [__file__, "--call", name, json.dumps(cell._asdict())]
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, check=True)
+    # OpenMP's threads wait as the command line lets them.
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, check=True, env=environment
+    )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -33,14 +33,16 @@ _HEADER_FILLER = (1 << 20).to_bytes(8, "little") * 2  # what FAISS writes into e
 
 @contextmanager
 def faiss_call(path: Path, doing: str, *, long: bool = False) -> Iterator[None]:
-    """Run FAISS on few threads, and turn its errors and the system's into `StoreError`.
+    """Choose FAISS's threads, and turn its errors and the system's into `StoreError`.
 
     FAISS brings an OpenMP runtime of its own; beside torch's, whose threads spin while they wait,
-    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room. What
-    takes long gets all of them: threads that wait go to sleep before it is done.
+    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room,
+    unless threads wait asleep, as the command line lets them. What takes long gets all cores in any
+    case: threads that wait go to sleep before it is done.
     """
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(cores() if long else max(1, cores() // 2))
+    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    faiss.omp_set_num_threads(cores() if long or asleep else max(1, cores() // 2))
     try:
         yield
     except SimskipError:
