@@ -8,10 +8,11 @@ mapped after that.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -85,7 +86,14 @@ def read_mapped(path: Path, trust: Trust) -> Index:
         if not (is_large and mapped):
             return plain
         del plain
+        give_back_memory()
     return read_limited(path, mapped if is_large else 0)
+
+
+def give_back_memory() -> None:
+    """Return to the system what FAISS freed; glibc keeps lists, whose sizes are moderate."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_limited(path: Path, flags: int) -> Index:
