@@ -142,14 +142,15 @@ def table(cells: dict[str, Any]) -> str:
 
 
 def _columns(cell: dict[str, Any], rows: int) -> list[str]:
-    stages, limits, refine = cell["stages"], cell["limits"], cell["refine"]
+    stages, limits, refine = cell["stages"]["seconds"], cell["limits"], cell["refine"]
+    products = cell["stages"]["products"]
     whole = refine["seconds"] - refine["look"]
     size = cell["build"]["bytes"]
     in_engine = refine["index"]
     parts = [f"look {refine['look']:.1f} s"] + ([f"graph {in_engine:.1f} s"] if in_engine else [])
     return [
         f"{_rate(rows / stages['read'])}, {_ratio(limits['read'], stages['read'])}",
-        f"{_rate(rows / stages['apply'])}, {_ratio(limits['products'], stages['apply'])}",
+        f"{_rate(rows / stages['apply'])}, {_ratio(products, stages['apply'])}",
         f"{_rate(rows / stages['write'])}, {_ratio(limits['write'], stages['write'])}",
         f"{_rate(rows / stages['verify'])}, {_ratio(limits['read'], stages['verify'])}",
         f"{whole:.1f} s, {_rate(rows / whole)}",

@@ -167,7 +167,7 @@ def refine(cell: Cell) -> dict[str, Any]:
 def limits(cell: Cell) -> dict[str, Any]:
     """Measure what the machine and the bare engine can do at most."""
     copy = min(_seconds(lambda: _copy(cell)) for _ in range(2))
-    found = {"copy": copy, "read": copy, "products": _products(cell), "write": copy}
+    found = {"copy": copy, "read": copy, "write": copy}
     if cell.is_edge:
         found |= _edge_limits(cell)
     elif cell.store != "flat":
@@ -186,23 +186,28 @@ def _copy(cell: Cell) -> None:
     target.unlink()
 
 
-def _products(cell: Cell) -> float:
-    """Return the seconds of three bare products, in pieces of the size that suits BLAS best."""
-    weights = [weight.T for weight, _ in ss.Refiner.load(Path(cell.folder) / "refiner").layers]
+class _Products:
+    """Three bare matrix products of a refiner's shapes, in pieces of the size that BLAS likes."""
 
-    def rate(rows: int) -> float:
-        x = np.ones((rows, cell.dim), np.float32)
-        rooms = [np.empty((rows, weight.shape[1]), np.float32) for weight in weights]
+    def __init__(self, refiner: ss.Refiner) -> None:
+        self._weights = [weight.T for weight, _ in refiner.layers]
+        rows = np.ones((8192, refiner.dim), np.float32)
+        self._rows = min((512, 1024, 8192), key=lambda piece: self._timed(rows, piece))
+
+    def __call__(self, x: Vectors) -> float:
+        """Return the seconds that they take."""
+        return self._timed(x, self._rows, rounds=1)
+
+    def _timed(self, x: Vectors, piece: int, rounds: int = 5) -> float:
+        rooms = [np.empty((piece, weight.shape[1]), np.float32) for weight in self._weights]
 
         def products() -> None:
-            h = x
-            for weight, room in zip(weights, rooms, strict=True):
-                h = np.matmul(h, weight, out=room)
+            for start in range(0, len(x), piece):
+                h = x[start : start + piece]
+                for weight, room in zip(self._weights, rooms, strict=True):
+                    h = np.matmul(h, weight, out=room[: len(h)])
 
-        repeats = max(3, min(cell.rows, 100_000) // rows)
-        return rows / min(_seconds(products) for _ in range(repeats))
-
-    return cell.rows / max(map(rate, (512, 1024, 8192)))
+        return min(_seconds(products) for _ in range(rounds))
 
 
 def _edge_limits(cell: Cell) -> dict[str, float]:
@@ -235,8 +240,9 @@ def _edge_limits(cell: Cell) -> dict[str, float]:
 
 
 def stages(cell: Cell) -> dict[str, Any]:
-    """Measure each stage alone."""
+    """Measure each stage alone, and beside every block that is moved its bare products."""
     moving = ss.Refiner.load(Path(cell.folder) / "refiner")
+    bare, products = _Products(moving), 0.0
     ids = cell.ids()
     spent = {"apply": 0.0, "write": 0.0, "verify": 0.0}
     with _opened(cell) as store, Journal(Path(cell.folder) / "state", store.info()) as journal:
@@ -247,6 +253,7 @@ def stages(cell: Cell) -> dict[str, Any]:
             begin = time.perf_counter()
             moving.refine_rows(block, ids[start : start + len(block)])
             spent["apply"] += time.perf_counter() - begin
+            products += bare(block)
         batches = (
             VectorBatch(ids=rows.ids[start : start + len(block)], vectors=block)
             for start, block in rows.blocks()
@@ -262,7 +269,7 @@ def stages(cell: Cell) -> dict[str, Any]:
         for batch in store.scan(BLOCK):
             row_digests(batch.vectors)
         spent["verify"] = time.perf_counter() - begin
-    return {"read": read, **spent}
+    return {"seconds": {"read": read, **spent}, "products": products}
 
 
 def fit(cell: Cell) -> dict[str, Any]:
