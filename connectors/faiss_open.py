@@ -8,10 +8,11 @@ mapped after that.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
 
@@ -33,14 +34,16 @@ _HEADER_FILLER = (1 << 20).to_bytes(8, "little") * 2  # what FAISS writes into e
 
 @contextmanager
 def faiss_call(path: Path, doing: str, *, long: bool = False) -> Iterator[None]:
-    """Run FAISS on few threads, and turn its errors and the system's into `StoreError`.
+    """Choose FAISS's threads, and turn its errors and the system's into `StoreError`.
 
     FAISS brings an OpenMP runtime of its own; beside torch's, whose threads spin while they wait,
-    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room. What
-    takes long gets all of them: threads that wait go to sleep before it is done.
+    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room,
+    unless threads wait asleep, as the command line lets them. What takes long gets all cores in any
+    case: threads that wait go to sleep before it is done.
     """
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(cores() if long else max(1, cores() // 2))
+    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    faiss.omp_set_num_threads(cores() if long or asleep else max(1, cores() // 2))
     try:
         yield
     except SimskipError:
@@ -83,7 +86,14 @@ def read_mapped(path: Path, trust: Trust) -> Index:
         if not (is_large and mapped):
             return plain
         del plain
+        give_back_memory()
     return read_limited(path, mapped if is_large else 0)
+
+
+def give_back_memory() -> None:
+    """Return to the system what FAISS freed; glibc keeps lists, whose sizes are moderate."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_limited(path: Path, flags: int) -> Index:

@@ -22,7 +22,12 @@ from simskip_vdb.connectors.faiss_lists import (
     switching,
 )
 from simskip_vdb.connectors.faiss_notes import refuse_part
-from simskip_vdb.connectors.faiss_open import Trust, faiss_call, read_mapped
+from simskip_vdb.connectors.faiss_open import (
+    Trust,
+    faiss_call,
+    give_back_memory,
+    read_mapped,
+)
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
@@ -234,8 +239,9 @@ class FaissStore:
             take_mode_and_owner(temporary, self._path)
             with kept_as(self._path, keep, expected):
                 self._unchanged()
+                written = Identity.of(temporary)
                 swap_in(temporary, self._path)
-            self._open(Trust.ALL)
+            self._open(Trust.ALL if Identity.of(self._path) == written else Trust.NONE)
             confirm(self._path)
 
     def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
@@ -340,6 +346,7 @@ class FaissStore:
                 faiss.write_index(index, str(target))
                 make_durable(target)
             del index
+            give_back_memory()
             self._drop_pages()
         candidate = FaissStore(target, read_only=True, trust=Trust.HEADER)
         self._verify(candidate)

@@ -67,6 +67,7 @@ class Sending:
         self._lookup = read.lookup
         self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
+        self._digests: Digests = np.zeros(len(found.rows), np.uint64)
         self._rounding = store.info().rounding
         self._settled = settled
         self.moved = 0
@@ -84,8 +85,9 @@ class Sending:
         part = slice(start, start + len(block))
         self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
         due = np.isfinite(refined).all(axis=1)
+        self._digests[part] = row_digests(refined)
         if self._target.mode != NEW_VECTOR:
-            due &= ~self._settled[part] & (row_digests(refined) != found.digests[part])
+            due &= ~self._settled[part] & (self._digests[part] != found.digests[part])
         elif self._target.filled:
             due &= ~self._beside(found.rows.ids[part], refined)
         self._due[part] = due
@@ -142,12 +144,17 @@ class Sending:
             places = self._lookup.find(batch.ids)
             known = np.flatnonzero(places >= 0)
             at = places[known]
+            found = row_digests(batch.vectors)
             ours = np.zeros(len(batch), np.bool_)
-            ours[known] = near(
-                batch.vectors[known], refined_at(rows, self._refine, at), self._rounding
+            ours[known] = found[known] == self._digests[at]
+            other = known[~ours[known]]
+            ours[other] = near(
+                batch.vectors[other],
+                refined_at(rows, self._refine, places[other]),
+                self._rounding,
             )
             ids.append(batch.ids)
-            digests.append(row_digests(batch.vectors))
+            digests.append(found)
             mine.append(ours)
             seen[at] = True
             missed = known[~ours[known]]
