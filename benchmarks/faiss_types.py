@@ -28,7 +28,6 @@ from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import DataError, SimskipError, UnsupportedIndexError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "faiss.md"
-BEGIN, END = "<!-- table: benchmarks/faiss_types.py -->", "<!-- end of table -->"
 
 
 def main() -> None:
@@ -50,7 +49,7 @@ def main() -> None:
         print(f"{cell.name}: {found.get('ann_recall', found.get('refusal'))}", flush=True)
         cells = {cell.name: known[cell.name] for cell in CELLS if cell.name in known}
         machine.save("faiss_types", {"rows": FULL.rows, "dim": FULL.dim, "cells": cells})
-    DOCS.write_text(with_table(DOCS.read_text(), known))
+    machine.put(DOCS, "faiss_types", table(known))
 
 
 def make_rows() -> Rows:
@@ -161,13 +160,6 @@ def _refine_and_restore(
 
 def _ids(path: Path, originals: Path | None) -> Path | None:
     return None if originals is None else path.with_name("ids.txt")
-
-
-def with_table(text: str, cells: Mapping[str, Any]) -> str:
-    """Return the documentation with its table made anew."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table(cells)}{END}{after}"
 
 
 def table(cells: Mapping[str, Any]) -> str:

@@ -30,7 +30,12 @@ from numpy.typing import NDArray
 CLUSTER = 100  # rows of a cluster, about
 RELEVANT = 3
 SHIFT, CHANCE = 1.5, 2.0  # lengths, beside relevant rows' mean of length 1
-METHODS = ("NUDGE-N", "ours", "refine")
+NAMES = {
+    "NUDGE-N": "NUDGE-N, in memory",
+    "ours": "ours: fit, choose, move",
+    "refine": "`simskip refine`, all of it",
+}
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "speed.md"
 BLOCK = 8192
 Floats = NDArray[np.float32]
 
@@ -52,12 +57,34 @@ def main() -> None:
     for rows in options.rows or [200_000, 2_000_000]:
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary), rows, options.queries, options.dim)
-            for method in METHODS:
+            for method in NAMES:
                 found = measure(method, Path(temporary), options.memory)
                 results.append({"method": method, "rows": rows, **found})
                 print(json.dumps(results[-1]), flush=True)
     settings = {"queries": options.queries, "dim": options.dim, "memory_gib": options.memory}
     print(f"saved {machine.save('fitting', {**settings, 'runs': results})}")
+    machine.put(DOCS, "fitting", table(results, options.dim, options.memory))
+
+
+def table(results: list[dict[str, Any]], dim: int, memory: float) -> str:
+    """Lay results out as a table in Markdown."""
+    lines = [
+        "| rows | | seconds | memory, × the rows' bytes | nDCG@10 |",
+        "|---|---|---|---|---|",
+    ]
+    for found in results:
+        data = found["rows"] * dim * 4
+        if "out_of_memory" in found:
+            cells = ["–", f"more than {memory * 2**30 / data:.1f}", "–"]
+        else:
+            before, after = found["ndcg"]
+            cells = [
+                f"{found['seconds']:.0f}",
+                f"{found['peak_bytes'] / data:.1f}",
+                f"{before:.3f} → {after:.3f}",
+            ]
+        lines.append(f"| {found['rows']:,} | {NAMES[found['method']]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def measure(method: str, folder: Path, memory: float) -> dict[str, Any]:
@@ -131,11 +158,13 @@ def run(method: str, folder: Path) -> dict[str, Any]:
         assert report.gate is not None
         if report.gate.passed:
             ss.rollback(store, state=settings.state)
+        gain = report.measures["nDCG@10"]
         return {
             "seconds": seconds,
             "stages": dict(report.seconds),
             "peak_bytes": peak,
             "passed": report.gate.passed,
+            "ndcg": [gain["before"], gain["after"]],
         }
     with open_workspace(store, judgments, settings, lambda *_: None) as space:
         before = ndcg(space, space.rows.blocks(), Split.TEST)

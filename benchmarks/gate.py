@@ -36,7 +36,6 @@ Draw = Callable[[np.random.Generator], Iterable[Scores]]
 HERE = Path(__file__).resolve().parent
 RESULTS = machine.RESULTS / "gate.json"
 DOCS = HERE.parent / "docs" / "quality.md"
-BEGIN, END = "<!-- table: benchmarks/gate.py -->", "<!-- end of table -->"
 NIGHTS = 30
 MANY, SOME = 1000, 200
 """Series of one look, and of many looks."""
@@ -71,7 +70,7 @@ def main() -> None:
         store = machine.RESULTS / "gate_challengers.jsonl"
         fit(options.data, store)
         measure(store)
-    DOCS.write_text(with_table(DOCS.read_text(), json.loads(RESULTS.read_text())))
+    machine.put(DOCS, "gate", table(json.loads(RESULTS.read_text())))
 
 
 def fit(data: Path, store: Path) -> None:
@@ -280,13 +279,6 @@ def gains() -> dict[str, Scores]:
         if cell["method"] == "ours, judged, docs" and cell["seed"] == 0
     }
     return {name: deltas for name, deltas in found.items() if deltas.mean() > min(GAINS) / 2}
-
-
-def with_table(text: str, found: dict[str, Any]) -> str:
-    """Return the text with the table between its markers."""
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    return f"{head}{BEGIN}\n{table(found)}\n{END}{tail}"
 
 
 def table(found: dict[str, Any]) -> str:

@@ -43,6 +43,21 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def put(document: Path, name: str, table: str) -> None:
+    """Put a script's table between its marks in a document."""
+    document.write_text(with_table(document.read_text(), name, table))
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """Return a text with a script's table between its marks."""
+    start, end = f"<!-- table: benchmarks/{name}.py -->", f"<!-- end of table: {name} -->"
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"there is no place for a table: {start} … {end}")
+    return f"{before}{start}\n{table.strip()}\n{end}{after}"
+
+
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -25,7 +25,7 @@ import machine
 import peers
 import torch
 from loading import datasets
-from table import KEY, put, read, summary, table
+from table import KEY, read, summary, table
 
 import simskip_vdb
 from simskip_vdb.errors import DataError
@@ -54,8 +54,8 @@ def main() -> None:
     found = read(options.results, code)
     print(table(found))
     if options.docs:
-        put(HERE.parent / "README.md", summary(found))
-        put(HERE.parent / "docs" / "quality.md", table(found))
+        machine.put(HERE.parent / "README.md", "quality", summary(found))
+        machine.put(HERE.parent / "docs" / "quality.md", "quality", table(found))
 
 
 def measure(options: argparse.Namespace) -> None:

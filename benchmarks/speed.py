@@ -34,7 +34,6 @@ HERE = Path(__file__).parent
 STORES = {"flat": "Flat", "ivf": "IVF Flat", "hnsw": "HNSW32", "edge": "Edge"}
 ROWS, DIM = (10_000, 100_000, 1_000_000), 384
 AT, DIMS = 100_000, (128, 384, 768, 1536)
-START, END = "<!-- table: benchmarks/speed.py -->", "<!-- end of table: speed -->"
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def main() -> None:
         found = {"machine": machine.describe(), "cells": cells}
         options.results.parent.mkdir(exist_ok=True)
         options.results.write_text(json.dumps(found, indent=1) + "\n")
-    put(options.readme, table(found["cells"]))
+    machine.put(options.readme, "speed", table(found["cells"]))
     print(f"saved {options.results}")
     if failed:
         raise SystemExit(f"not measured, see above: {', '.join(failed)}")
@@ -181,15 +180,6 @@ def _sentences(cells: dict[str, Any]) -> list[str]:
             f"{_ratio(fit['products'], fit['step'])} of that."
         )
     return found
-
-
-def put(path: Path, text: str) -> None:
-    """Put the table between a document's marks."""
-    before, start, rest = path.read_text().partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{path} has no place for a table: {START} … {END}")
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from simskip_vdb.statistics import compare
 
 Cell = dict[str, Any]
 KEY = ("set", "encoder", "method", "seed")
-START = "<!-- table: benchmarks/quality.py -->"
-END = "<!-- end of table: quality -->"
 
 
 def read(path: Path, code: Callable[[str], str]) -> list[Cell]:
@@ -80,15 +78,6 @@ def summary(cells: Sequence[Cell]) -> str:
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
-
-
-def put(path: Path, text: str) -> None:
-    """Put a table between a document's marks."""
-    before, start, rest = path.read_text().partition(START)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{path} has no place for a table: {START} … {END}")
-    path.write_text(f"{before}{start}\n{text}\n{end}{after}")
 
 
 def _by_set(cells: Sequence[Cell]) -> dict[tuple[str, str], list[Cell]]:

@@ -22,6 +22,7 @@ from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
 from simskip_vdb.errors import SimskipError, StoreError
 from simskip_vdb.overlap import cores
+from simskip_vdb.threads import asleep
 
 _SMALL = 1 << 20
 _MOST_LINKS = 1 << 12
@@ -42,8 +43,7 @@ def faiss_call(path: Path, doing: str, *, long: bool = False) -> Iterator[None]:
     case: threads that wait go to sleep before it is done.
     """
     threads = faiss.omp_get_max_threads()
-    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    faiss.omp_set_num_threads(cores() if long or asleep else max(1, cores() // 2))
+    faiss.omp_set_num_threads(cores() if long or asleep() else max(1, cores() // 2))
     try:
         yield
     except SimskipError:

@@ -1,4 +1,4 @@
-"""How many threads torch works with, and how they wait for each other."""
+"""How many threads torch works with, and how those of OpenMP wait for each other."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ def wait_asleep() -> None:
         os.environ.setdefault(POLICY, ASLEEP)
 
 
+def asleep() -> bool:
+    """Tell whether OpenMP's threads sleep while they wait."""
+    return os.environ.get(POLICY, "").upper() == ASLEEP
+
+
 @contextmanager
 def torch_threads() -> Iterator[None]:
     """Use all threads of torch if they wait asleep, else half of the cores."""
     import torch
 
     before = torch.get_num_threads()
-    if os.environ.get(POLICY, "").upper() != ASLEEP:
+    if not asleep():
         torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
     try:
         yield

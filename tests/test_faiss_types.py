@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import machine
 import numpy as np
 import pytest
 from builders import random_refiner
 from faiss_cells import CELLS, FULL, IP, SMALL, Cell, Expect, ids_of
-from faiss_types import DOCS, make_refiner, make_rows, with_table
+from faiss_types import DOCS, make_refiner, make_rows, table
 from faiss_walk import id_order, learned, parameters, walk
 from machine import RESULTS
 
@@ -316,7 +317,7 @@ def measured() -> dict[str, Any]:
 
 def test_the_table_is_the_generated_one(measured: dict[str, Any]) -> None:
     text = DOCS.read_text()
-    assert with_table(text, measured) == text
+    assert machine.with_table(text, "faiss_types", table(measured)) == text
 
 
 def test_every_kind_was_measured_as_expected(measured: dict[str, Any]) -> None:

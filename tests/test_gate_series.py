@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import gate
+import machine
 import nulls
 import numpy as np
 import pytest
@@ -76,5 +77,5 @@ def test_permuted_judgments_are_those_of_another_query() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     found = json.loads((HERE / "results" / "gate.json").read_text())
     text = gate.DOCS.read_text()
-    assert gate.with_table(text, found) == text
+    assert machine.with_table(text, "gate", gate.table(found)) == text
     assert all(one["rate"] <= 0.05 for one in found["null"].values())
