@@ -265,6 +265,10 @@ class FaissStore:
             self._open()
             confirm(self._path)
 
+    def reopen(self) -> None:
+        """Look at the file anew, which one of our own processes has written and checked."""
+        self._open(trusted=True)
+
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
         if not self._read_only:

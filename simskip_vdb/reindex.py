@@ -23,6 +23,7 @@ from simskip_vdb.store import (
     Copied,
     FileBacked,
     LeavesFiles,
+    RowStore,
     RowWritable,
     VectorStore,
 )
@@ -246,7 +247,7 @@ def fingerprint(store: VectorStore) -> str:
     return store.sha256() if isinstance(store, FileBacked) else targets.fingerprint(store)
 
 
-def _by_rows(store: VectorStore) -> targets.RowStore:
+def _by_rows(store: VectorStore) -> RowStore:
     if not isinstance(store, RowWritable):
         raise StoreError(f"{store.info().uri} can only be read")
     return store

@@ -30,10 +30,9 @@ from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenR
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.sending import Sending, Snapshot
-from simskip_vdb.store import Check, VectorStore
+from simskip_vdb.store import Check, RowStore, VectorStore
 from simskip_vdb.targets import (
     InPlace,
-    RowStore,
     fingerprint,
     holding,
     is_restored,

@@ -13,7 +13,8 @@ from simskip_vdb.journal import NEW_VECTOR
 from simskip_vdb.outgoing import Refine, Written, refined_at
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.rows import Digests, Rows, row_digests
-from simskip_vdb.targets import InPlace, RowStore
+from simskip_vdb.store import RowStore
+from simskip_vdb.targets import InPlace
 
 FEWEST = 100  # rows, below which a share of them says little
 _TRIES = 3
