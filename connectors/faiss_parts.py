@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from simskip_vdb.connectors.faiss_notes import note_file, part_note, refuse_refined
 from simskip_vdb.connectors.faiss_store import FaissStore
-from simskip_vdb.connectors.notes import write_note
+from simskip_vdb.connectors.part_notes import refuse_refined
 from simskip_vdb.connectors.parted import Parted, check_alike
 from simskip_vdb.connectors.rows import only_vectors
 from simskip_vdb.datatypes import StoreInfo
@@ -57,9 +55,8 @@ class FaissParts(Parted):
         starts = [0, *accumulate(len(store.ids) for store in stores)]
         shifted = _collide(stores, uri)
         self._positional = shifted or any(store.info().positional for store in stores)
-        super().__init__(
-            uri, stores, starts[:-1] if shifted else [0] * len(stores), read_only=read_only
-        )
+        shifts = starts[:-1] if shifted else [0] * len(stores)
+        super().__init__(uri, self._pattern.parent, stores, shifts, read_only=read_only)
 
     @classmethod
     def open(cls, uri: str, *, read_only: bool) -> FaissParts:
@@ -87,19 +84,6 @@ class FaissParts(Parted):
             details=common,
         )
 
-    def marker(self) -> Mapping[str, Any] | None:
-        """Return the note of who refined the parts; see `Marked.marker`."""
-        notes = (part_note(part.store.path) for part in self._parts)
-        return next((note for note in notes if note is not None), None)
-
-    def mark(self, note: Mapping[str, Any] | None) -> None:
-        """Leave a note beside each part; see `Marked.mark`."""
-        self._writable()
-        for part in self._parts:
-            write_note(
-                note_file(part.store.path), None if note is None else {**note, "index": self._uri}
-            )
-
     def _opener(self, path: Path, shift: int) -> Callable[[], FaissParts]:
         return partial(_one, self._pattern, path, shift, self._positional)
 
@@ -111,7 +95,7 @@ def _one(pattern: Path, path: Path, shift: int, positional: bool) -> FaissParts:
     """Open one of the files that a pattern names as a store of its rows."""
     store = FaissParts.__new__(FaissParts)
     store._pattern, store._positional = pattern, positional
-    Parted.__init__(store, f"{_SCHEME}{path}", [FaissStore(path)], [shift], read_only=False)
+    Parted.__init__(store, f"{_SCHEME}{path}", path.parent, [FaissStore(path)], [shift])
     return store
 
 
@@ -129,8 +113,7 @@ def _check(stores: Sequence[FaissStore], uri: str) -> None:
                 + (" and its exact vectors (--originals)" if info.lossy else "")
                 + f": simskip refine {store.path.name} --refiner DIR --accept-unmeasured"
             )
-        assert info.state is not None
-        refuse_refined(store.path, info.state)
+        refuse_refined(info)
 
 
 def _collide(stores: Sequence[FaissStore], uri: str) -> bool:

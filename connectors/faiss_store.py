@@ -20,11 +20,11 @@ from simskip_vdb.connectors.faiss_lists import (
     settle,
     switching,
 )
-from simskip_vdb.connectors.faiss_notes import refuse_part
 from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
+from simskip_vdb.connectors.part_notes import refuse_part
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from simskip_vdb.connectors.notes import write_note
+from simskip_vdb.connectors.part_notes import note_file, part_note
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows
 from simskip_vdb.connectors.waiting import Waiting
 from simskip_vdb.datatypes import (
@@ -57,10 +60,17 @@ class Parted:
     """
 
     def __init__(
-        self, uri: str, stores: Sequence[PartFile], shifts: Sequence[int], *, read_only: bool
+        self,
+        uri: str,
+        root: Path,
+        stores: Sequence[PartFile],
+        shifts: Sequence[int],
+        *,
+        read_only: bool = False,
     ) -> None:
-        """Take the files, and how much larger a row's id is here than in its file."""
-        self._uri, self._read_only, self._shifts = uri, read_only, list(shifts)
+        """Take the files under `root`, and how much larger a row's id is here than in its file."""
+        self._uri, self._root, self._read_only = uri, root, read_only
+        self._shifts = list(shifts)
         starts = [0, *accumulate(len(store.ids) for store in stores)]
         self._parts = [_Part(store, first) for store, first in zip(stores, starts, strict=False)]
         self._order()
@@ -151,6 +161,19 @@ class Parted:
             for part in due:
                 part.forget()
 
+    def marker(self) -> Mapping[str, Any] | None:
+        """Return the note of who refined the parts; see `Marked.marker`."""
+        notes = (part_note(part.store.path) for part in self._parts)
+        return next((note for note in notes if note is not None), None)
+
+    def mark(self, note: Mapping[str, Any] | None) -> None:
+        """Leave a note beside each part; see `Marked.mark`."""
+        self._writable()
+        for part in self._parts:
+            write_note(
+                note_file(part.store.path), None if note is None else {**note, "index": self._uri}
+            )
+
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
         for part in self._parts:
@@ -160,7 +183,7 @@ class Parted:
         """Return the files; see `Partitioned.partitions`."""
         return tuple(
             Partition(
-                name=part.store.path.name,
+                name=os.path.relpath(part.store.path, self._root),
                 rows=part.stop - part.first,
                 open=self._opener(part.store.path, shift),
             )
