@@ -253,8 +253,8 @@ class AsRead:
         """Take the originals, digests of the rows as they were read, and who wrote them."""
         info = store.info()
         self._digests, self._rows = digests, rows
-        self.lookup, self._ours = Lookup(rows.ids), LiveRows(journal, store)
-        self._tolerance = info.tolerance
+        self.lookup, self._tolerance = Lookup(rows.ids), info.tolerance
+        self._ours = LiveRows(journal, store) if self._tolerance else None
 
     def same(self, now: VectorBatch) -> Mask:
         """Tell which of these rows are as they were read; rows that were not there are not."""
@@ -263,7 +263,7 @@ class AsRead:
         known = np.flatnonzero(places >= 0)
         same[known] = row_digests(now.vectors[known]) == self._digests[places[known]]
         doubtful = known[~same[known]]
-        if self._tolerance and len(doubtful):
+        if self._ours is not None and len(doubtful):
             rows = VectorBatch(ids=now.ids[doubtful], vectors=now.vectors[doubtful])
             originals, _ = self._ours.originals(rows)
             then = self._rows.take(places[doubtful])

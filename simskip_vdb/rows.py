@@ -20,24 +20,28 @@ class Rows:
 
     Blocks are read, not mapped: pages of a map would stay resident and count as memory.
 
+    Args:
+        paths: The file; or those of an index's partitions, of which one at a time is open.
+
     Attributes:
+        path: The first file.
         ids: Shape (n,), int64 or text.
         dim: Dimension of a vector.
     """
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
-        self.path = path
-        try:
-            source = pa.OSFile(str(path))
-            self._reader = pa.ipc.open_file(source)
-            only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
-            ids = [ids_from_arrow(only_ids.get_batch(i)["id"]) for i in range(self._blocks)]
-        except (OSError, pa.ArrowInvalid) as error:
-            raise JournalError(f"{path} cannot be read: {error}") from error
+    def __init__(self, *paths: Path) -> None:
+        self.path, self._paths = paths[0], paths
+        ids: list[Ids] = []
+        self._files: list[int] = []  # of each block, and which block of that file it is
+        self._numbers: list[int] = []
+        for number in range(len(paths)):
+            found = self._read_ids(number)
+            ids += found
+            self._files += [number] * len(found)
+            self._numbers += range(len(found))
         self.dim: int = self._reader.schema.field("vector").type.list_size
-        self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        held = [block for block in ids if len(block)]  # a file without rows tells no kind of ids
+        self.ids: Ids = np.concatenate(held) if held else np.empty(0, np.int64)
         self._starts = np.cumsum([0, *map(len, ids)])
 
     def __len__(self) -> int:
@@ -72,11 +76,31 @@ class Rows:
 
     @property
     def _blocks(self) -> int:
-        return int(self._reader.num_record_batches)
+        return len(self._files)
 
     def _block(self, i: int) -> Vectors:
-        vectors: Vectors = self._reader.get_batch(i)["vector"].flatten().to_numpy()
+        if self._files[i] != self._at:
+            self._open(self._files[i])
+        vectors: Vectors = self._reader.get_batch(self._numbers[i])["vector"].flatten().to_numpy()
         return vectors.reshape(-1, self.dim)
+
+    def _read_ids(self, number: int) -> list[Ids]:
+        import pyarrow as pa
+
+        source = self._open(number)
+        only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
+        return [ids_from_arrow(only_ids.get_batch(i)["id"])
+                for i in range(only_ids.num_record_batches)]  # fmt: skip
+
+    def _open(self, number: int) -> Any:  # noqa: ANN401 pyarrow
+        import pyarrow as pa
+
+        try:
+            source = pa.OSFile(str(self._paths[number]))
+            self._reader, self._at = pa.ipc.open_file(source), number
+        except (OSError, pa.ArrowInvalid) as error:
+            raise JournalError(f"{self._paths[number]} cannot be read: {error}") from error
+        return source
 
 
 def row_digests(vectors: Vectors) -> Digests:
@@ -98,6 +122,15 @@ def fingerprint_of(ids: Ids, digests: Digests) -> str:
     """Hash a set of rows, given by ids and digests of their vectors, whatever their order."""
     mixed = _splitmix(hash_ids(ids, 0) ^ digests)
     return f"{len(ids)}-{int(mixed.sum(dtype=np.uint64)):016x}"
+
+
+def together(fingerprints: Iterable[str]) -> str:
+    """Return what `fingerprint_of` says of several sets of rows together."""
+    rows = mixed = 0
+    for text in fingerprints:
+        count, _, digest = text.partition("-")
+        rows, mixed = rows + int(count), mixed + int(digest, 16)
+    return f"{rows}-{mixed % 2**64:016x}"
 
 
 def ids_to_arrow(ids: Ids) -> Any:  # noqa: ANN401 pyarrow

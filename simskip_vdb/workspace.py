@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.config import FitSettings
+from simskip_vdb.crew import LOCAL, RAY, Crew, check_executor, ray_crew
 from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
 from simskip_vdb.durable import disk_errors, write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
@@ -50,6 +51,7 @@ class Settings:
         fit: How to fit.
         measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
         growing: Whether rows keep arriving, so that unfairness to late rows refuses.
+        executor: ``local``, or ``ray``: who reads and writes the rows.
         mode: Where rows of a collection are written: ``in-place``, ``new-vector`` or
             ``new-collection``.
         refiner: Folder of a fitted refiner to use instead of fitting one.
@@ -64,6 +66,7 @@ class Settings:
     fit: FitSettings = field(default_factory=FitSettings)
     measure: str | None = None
     growing: bool = False
+    executor: str = LOCAL
     mode: str = IN_PLACE
     refiner: Path | None = None
     out: Path | None = None
@@ -90,6 +93,7 @@ class Workspace:
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
         progress: Called with (stage, done, total).
+        crew: Who reads and writes the partitions; None where all is done here.
     """
 
     def __init__(
@@ -101,9 +105,10 @@ class Workspace:
         judged: Resolved,
         settings: Settings,
         progress: Progress,
+        crew: Crew | None = None,
     ) -> None:
         self.store = store
-        self.progress = progress
+        self.progress, self.crew = progress, crew
         self.info = store.info()
         self.journal = journal
         self.ledger = ledger
@@ -289,6 +294,7 @@ def open_workspace(
         DataError: The index has fewer than two usable rows, or the judgments do not fit it.
         JournalError: The state is damaged or in use.
     """
+    check_executor(settings.executor, store, settings.mode)
     folder = state_folder(store, settings.state)
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -311,7 +317,10 @@ def open_workspace(
         else:
             journal = stack.enter_context(past)
             recover(store, journal)
-        found = snapshot(store, journal, progress, past=past, fields=judgments.fields)
+        crew = None
+        if settings.executor == RAY and not settings.dry_run:
+            crew = stack.enter_context(ray_crew(store, journal))
+        found = snapshot(store, journal, progress, past=past, fields=judgments.fields, crew=crew)
         ledger = Ledger(folder)
         judged = resolve(
             judgments.with_columns(found.columns, found.rows.ids),
@@ -319,7 +328,7 @@ def open_workspace(
             seed=settings.fit.seed,
             assigned={name: Split(split) for name, split in ledger.splits.items()},
         )
-        space = Workspace(store, journal, ledger, found, judged, settings, progress)
+        space = Workspace(store, journal, ledger, found, judged, settings, progress, crew)
         if np.count_nonzero(space.usable) < 2:
             raise DataError(
                 f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "
