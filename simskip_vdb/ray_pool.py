@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -103,7 +104,9 @@ def _result(reference: Any, job: Any) -> Any:  # noqa: ANN401
             raise cause from None
         raise
     except RayError as error:
+        lines = re.findall(r"^\w+(?:Error|Exception): .*$", str(error), re.MULTILINE)
         raise TransientStoreError(
-            f"partition {job.partition.name}: its worker was lost {_RETRIES + 1} times, the last "
-            f"time by {type(error).__name__}; nothing else was lost, and the same command resumes"
+            f"partition {job.partition.name}: its worker was lost {_RETRIES + 1} times "
+            f"({lines[-1] if lines else type(error).__name__}); nothing else was lost, and the "
+            "same command resumes"
         ) from error

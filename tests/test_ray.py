@@ -14,11 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from builders import flat, ivf, random_refiner
+from mortal import Mortal, plan
 from parquet_files import raw_rows, write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
+from simskip_vdb.crew import check_executor
 from simskip_vdb.datatypes import Metric
+from simskip_vdb.errors import (
+    ConfigError,
+    MissingDependencyError,
+    StoreError,
+    TransientStoreError,
+)
+from simskip_vdb.journal import Journal
 from simskip_vdb.report import Report
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
@@ -29,11 +38,14 @@ EDGES = np.linspace(0, N, PARTS + 1).astype(int)
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[str]:
-    """Three workers on this machine, found as any cluster is."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield ray.get_runtime_context().gcs_address
-    ray.shutdown()
+    """Two workers on this machine, found as any cluster is."""
+    here = os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", here)  # of the workers
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        yield ray.get_runtime_context().gcs_address
+        ray.shutdown()
 
 
 class Desk:
@@ -67,6 +79,18 @@ class Desk:
         settings = ss.Settings(refiner=self.refiner, accept_unmeasured=True, executor=executor)
         return ss.refine(open_store(self.uri(place)), ss.Judgments(), settings)
 
+    def state(self, place: str) -> Path:
+        return Path(open_store(self.uri(place)).info().state or "")
+
+    def files(self, place: str) -> list[Path]:
+        return sorted(path for path in self.places[place].iterdir() if path.suffix != ".simskip")
+
+    def recorded(self, place: str) -> int:
+        """Return how many partitions the state says are written and verified."""
+        store = open_store(self.uri(place))
+        pending = Journal(self.state(place), store.info()).manifest.pending
+        return 0 if pending is None else len(pending.partitions)
+
     def rows(self, place: str) -> bytes:
         if self.kind == "parquet":
             files = sorted(self.places[place].glob("*.parquet"))
@@ -91,5 +115,126 @@ def test_both_executors_write_the_same_bits(desk: Desk) -> None:
     assert again.notes == ("the index holds exactly this refinement already; nothing to do",)
     assert ss.rollback(open_store(desk.uri("there")))["exact"]
     assert desk.rows("there") == desk.vectors.tobytes()
-    state = desk.places["there"].parent / "there.simskip"
-    assert not list(state.glob("**/crew"))
+    assert not (desk.state("there") / "crew").exists()
+
+
+@pytest.fixture
+def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simskip_vdb.crew.Worker", Mortal)
+
+
+@pytest.mark.usefixtures("mortal")
+@pytest.mark.parametrize("kind", ["flat", "parquet"])
+def test_workers_that_are_killed_lose_nothing(tmp_path: Path, kind: str) -> None:
+    """Each partition loses its worker once while it is read and once while it is written."""
+    desk = Desk(tmp_path, kind)
+    reads = [f"read {part} kill {part % 3}" for part in range(PARTS)]
+    plan(desk.state("there"), *reads, *(f"write {part} kill {part}" for part in range(PARTS)))
+    desk.refine("here", "local")
+    report = desk.refine("there", "ray")
+    assert len(list(desk.state("there").glob("plan-*"))) == 2 * PARTS
+    assert report.written is not None
+    assert report.written["rows"] == N
+    assert desk.rows("there") == desk.rows("here")
+    assert not list(desk.places["there"].glob(".*simskip-new"))
+    assert ss.rollback(open_store(desk.uri("there")))["exact"]
+    assert desk.rows("there") == desk.vectors.tobytes()
+
+
+@pytest.mark.usefixtures("mortal")
+def test_an_error_in_a_worker_is_that_error_and_all_is_undone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "parquet")
+    plan(desk.state("there"), "write 3 fail 0")
+    with pytest.raises(StoreError, match=r"^partition 3: the disk is on fire$"):
+        desk.refine("there", "ray")
+    assert desk.rows("there") == desk.vectors.tobytes()
+    assert ss.status(open_store(desk.uri("there")))["refined"] is None
+
+
+@pytest.mark.usefixtures("mortal")
+def test_a_partition_whose_workers_always_die_is_finished_later(tmp_path: Path) -> None:
+    desk = Desk(tmp_path, "flat")
+    plan(desk.state("there"), "write 1 always 1")
+    with pytest.raises(TransientStoreError, match=r"1\.\w+: its worker was lost 4 times"):
+        desk.refine("there", "ray")
+    status = ss.status(open_store(desk.uri("there")))
+    assert status["interrupted"]
+    plan(desk.state("there"))
+    desk.refine("there", "ray")
+    desk.refine("here", "local")
+    assert desk.rows("there") == desk.rows("here")
+
+
+DRIVER = """
+import os, signal, sys
+import simskip_vdb as ss
+
+uri, refiner, stage, at = sys.argv[1:]
+seen = 0
+
+def progress(now, done, total):
+    global seen
+    seen += now == stage
+    if seen == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+settings = ss.Settings(refiner=refiner, accept_unmeasured=True, executor="ray")
+ss.refine(ss.open_store(uri), ss.Judgments(), settings, progress=progress)
+"""
+
+
+@pytest.mark.parametrize(("stage", "at"), [("read", 3), ("write", 1), ("write", 4)])
+def test_a_driver_that_is_killed_is_resumed(
+    tmp_path: Path, cluster: str, stage: str, at: int
+) -> None:
+    desk = Desk(tmp_path, "parquet" if at == 4 else "flat")
+    command = [sys.executable, "-c", DRIVER, desk.uri("there"), str(desk.refiner), stage, str(at)]
+    done = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": cluster}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    recorded = desk.recorded("there")
+    assert recorded == (at if stage == "write" else 0)
+    before = time.time()
+    desk.refine("there", "ray")
+    desk.refine("here", "local")
+    assert desk.rows("there") == desk.rows("here")
+    untouched = [path.stat().st_mtime < before for path in desk.files("there")]
+    assert sum(untouched) >= recorded
+    assert ss.rollback(open_store(desk.uri("there")))["exact"]
+    assert desk.rows("there") == desk.vectors.tobytes()
+
+
+def test_what_a_lost_driver_left_is_finished_or_undone_without_ray(
+    tmp_path: Path, cluster: str
+) -> None:
+    for undo in (False, True):
+        (tmp_path / str(undo)).mkdir()
+        desk = Desk(tmp_path / str(undo), "parquet")
+        command = [sys.executable, "-c", DRIVER, desk.uri("there"), str(desk.refiner), "write", "3"]
+        subprocess.run(command, env={**os.environ, "RAY_ADDRESS": cluster}, check=False)
+        if undo:
+            assert ss.rollback(open_store(desk.uri("there")))["exact"]
+            assert desk.rows("there") == desk.vectors.tobytes()
+        else:
+            desk.refine("there", "local")
+            desk.refine("here", "local")
+            assert desk.rows("there") == desk.rows("here")
+
+
+def test_what_cannot_be_shared_out_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, "flat")
+    one = str(desk.places["there"] / "part0.faiss")
+    wrong = [
+        (one, ss.Settings(executor="ray"), "is one piece"),
+        (desk.uri("there"), ss.Settings(executor="dask"), "no executor 'dask'"),
+    ]
+    for uri, settings, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            ss.refine(open_store(uri), ss.Judgments(), settings)
+    with pytest.raises(ConfigError, match="not by --mode new-vector"):
+        check_executor("ray", open_store(desk.uri("there")), "new-vector")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"simskip-vdb\[ray\]"):
+        desk.refine("there", "ray")
+    assert not desk.state("there").exists()
