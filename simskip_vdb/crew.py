@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from simskip_vdb.datatypes import Ids, Mask, Progress, StoreInfo, VectorBatch, Vectors, silent
+from simskip_vdb.datatypes import Mask, Progress, StoreInfo, Vectors, silent
 from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.fence import at_work, send_out, shut_out
 from simskip_vdb.journal import IN_PLACE, FileRef, Journal, ref_from
 from simskip_vdb.outgoing import Written
+from simskip_vdb.part_state import PartState
 from simskip_vdb.provenance import AsRead
 from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
@@ -97,15 +98,15 @@ class Worker:
     def read(self, job: ReadJob) -> ReadDone:
         """Save the originals of a partition."""
         with at_work(self._folder, self._token, job.number):
-            state = _PartState(self._folder, self._info, job.number)
-            found = read_rows(job.partition.open(), state, state, job.fields, silent)
+            state, store = self._state(job), job.partition.open()
+            found = read_rows(store, state, state.ours(store), job.fields, silent)
         assert state.scanned is not None
         return ReadDone(state.scanned, found.digests, found.ours, found.columns)
 
     def write(self, job: WriteJob) -> Sent:
         """Refine, write and verify a partition, as the write that is announced says."""
         with at_work(self._folder, self._token, job.number):
-            state = _PartState(self._folder, self._info, job.number)
+            state = self._state(job)
             assert state.manifest.pending is not None
             refiner = self._load(state.refiners / state.manifest.pending.refiner)
             store, rows = job.partition.open(), Rows(state.path(job.originals))
@@ -120,25 +121,13 @@ class Worker:
             target = InPlace(store, state)
             return Sending(target, store, found, read, refine, silent, job.settled).run(state)
 
+    def _state(self, job: ReadJob | WriteJob) -> PartState:
+        return PartState(self._folder, self._info, job.number, job.partition.name)
+
     def _load(self, folder: Path) -> Refiner:
         if self._refiner is None or self._refiner.id != folder.name:
             self._refiner = Refiner.load(folder)
         return self._refiner
-
-
-class _PartState(Journal):
-    """The state as a worker sees it: the lock is the driver's, and so is the manifest."""
-
-    def __init__(self, folder: Path, info: StoreInfo, number: int) -> None:
-        super().__init__(folder, info)
-        self._number = number
-
-    def save_originals(self, batches: Iterable[VectorBatch]) -> Rows:
-        ref = self.scanned = self._save_rows(f"originals-{self._number}", batches)
-        return Rows(self.folder / ref.name)
-
-    def save_written(self, ids: Ids, digests: Digests) -> FileRef:
-        return self._save_digests(f"written-{self._number}", ids, digests)
 
 
 class Crew:

@@ -11,17 +11,30 @@ IN_PLACE, NEW_VECTOR, NEW_COLLECTION = "in-place", "new-vector", "new-collection
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRef:
-    """A file of the state folder, with its checksum and number of rows; or several together."""
+    """A file of the state folder; or several, one for each partition of the index.
+
+    Attributes:
+        name: Its name; empty for several.
+        sha256: Its checksum, 64 hex digits.
+        rows: How many it holds.
+        partition: Of which partition they are; empty where it is the whole index.
+        parts: The several.
+    """
 
     name: str
     sha256: str
     rows: int = 0
+    partition: str = ""
     parts: tuple[FileRef, ...] = ()
 
     @classmethod
     def of_parts(cls, parts: Sequence[FileRef]) -> FileRef:
         """Name the files of all partitions together, in their order."""
         return cls(name="", sha256="", rows=sum(part.rows for part in parts), parts=tuple(parts))
+
+    def part(self, partition: str) -> FileRef | None:
+        """Return the file of a partition; None where it has none of its own."""
+        return next((part for part in self.parts if part.partition == partition), None)
 
     @property
     def files(self) -> tuple[FileRef, ...]:

@@ -14,6 +14,7 @@ from simskip_vdb.datatypes import Progress, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
 from simskip_vdb.outgoing import Refine, RolledBack, Written
+from simskip_vdb.provenance import our_rows
 from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.sending import Snapshot
@@ -91,7 +92,7 @@ def snapshot(
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
     if crew is None:
-        found = read_rows(store, journal, past or journal, fields, progress)
+        found = read_rows(store, journal, our_rows(past or journal, store), fields, progress)
     else:
         found = crew.read(fields, progress)
     ordered = np.sort(found.rows.ids)

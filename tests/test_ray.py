@@ -98,7 +98,7 @@ class Desk:
         return b"".join(b.vectors.tobytes() for b in open_store(self.uri(place)).scan(500))
 
 
-@pytest.fixture(params=["flat", "ivf", "parquet"])
+@pytest.fixture(params=["flat", "parquet"])
 def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
     return Desk(tmp_path, request.param)
 
@@ -126,13 +126,13 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("mortal")
 @pytest.mark.parametrize("kind", ["flat", "parquet"])
 def test_workers_that_are_killed_lose_nothing(tmp_path: Path, kind: str) -> None:
-    """Each partition loses its worker once while it is read and once while it is written."""
+    """Workers die before one or another operation on the disk, and are replaced."""
     desk = Desk(tmp_path, kind)
-    reads = [f"read {part} kill {part % 3}" for part in range(PARTS)]
-    plan(desk.state("there"), *reads, *(f"write {part} kill {part}" for part in range(PARTS)))
+    deaths = [("read", 0, 1), *(("write", part, 2 * part) for part in range(3))]
+    plan(desk.state("there"), *(f"{method} {part} kill {at}" for method, part, at in deaths))
     desk.refine("here", "local")
     report = desk.refine("there", "ray")
-    assert len(list(desk.state("there").glob("plan-*"))) == 2 * PARTS
+    assert len(list(desk.state("there").glob("plan-*"))) == len(deaths)
     assert report.written is not None
     assert report.written["rows"] == N
     assert desk.rows("there") == desk.rows("here")
@@ -152,10 +152,13 @@ def test_an_error_in_a_worker_is_that_error_and_all_is_undone(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("mortal")
-def test_a_partition_whose_workers_always_die_is_finished_later(tmp_path: Path) -> None:
+def test_a_partition_whose_workers_always_die_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simskip_vdb.ray_pool._RETRIES", 1)
     desk = Desk(tmp_path, "flat")
     plan(desk.state("there"), "write 1 always 1")
-    with pytest.raises(TransientStoreError, match=r"1\.\w+: its worker was lost 4 times"):
+    with pytest.raises(TransientStoreError, match=r"1\.\w+: its worker was lost 2 times"):
         desk.refine("there", "ray")
     status = ss.status(open_store(desk.uri("there")))
     assert status["interrupted"]
@@ -183,11 +186,11 @@ ss.refine(ss.open_store(uri), ss.Judgments(), settings, progress=progress)
 """
 
 
-@pytest.mark.parametrize(("stage", "at"), [("read", 3), ("write", 1), ("write", 4)])
+@pytest.mark.parametrize(("kind", "stage", "at"), [("flat", "write", 1), ("parquet", "read", 3)])
 def test_a_driver_that_is_killed_is_resumed(
-    tmp_path: Path, cluster: str, stage: str, at: int
+    tmp_path: Path, cluster: str, kind: str, stage: str, at: int
 ) -> None:
-    desk = Desk(tmp_path, "parquet" if at == 4 else "flat")
+    desk = Desk(tmp_path, kind)
     command = [sys.executable, "-c", DRIVER, desk.uri("there"), str(desk.refiner), stage, str(at)]
     done = subprocess.run(command, env={**os.environ, "RAY_ADDRESS": cluster}, check=False)
     assert done.returncode == -signal.SIGKILL
@@ -203,21 +206,13 @@ def test_a_driver_that_is_killed_is_resumed(
     assert desk.rows("there") == desk.vectors.tobytes()
 
 
-def test_what_a_lost_driver_left_is_finished_or_undone_without_ray(
-    tmp_path: Path, cluster: str
-) -> None:
-    for undo in (False, True):
-        (tmp_path / str(undo)).mkdir()
-        desk = Desk(tmp_path / str(undo), "parquet")
-        command = [sys.executable, "-c", DRIVER, desk.uri("there"), str(desk.refiner), "write", "3"]
-        subprocess.run(command, env={**os.environ, "RAY_ADDRESS": cluster}, check=False)
-        if undo:
-            assert ss.rollback(open_store(desk.uri("there")))["exact"]
-            assert desk.rows("there") == desk.vectors.tobytes()
-        else:
-            desk.refine("there", "local")
-            desk.refine("here", "local")
-            assert desk.rows("there") == desk.rows("here")
+def test_what_a_lost_driver_left_is_undone_without_ray(tmp_path: Path, cluster: str) -> None:
+    desk = Desk(tmp_path, "parquet")
+    command = [sys.executable, "-c", DRIVER, desk.uri("there"), str(desk.refiner), "write", "4"]
+    subprocess.run(command, env={**os.environ, "RAY_ADDRESS": cluster}, check=False)
+    assert desk.rows("there") != desk.vectors.tobytes()
+    assert ss.rollback(open_store(desk.uri("there")))["exact"]
+    assert desk.rows("there") == desk.vectors.tobytes()
 
 
 def test_what_cannot_be_shared_out_is_refused(
