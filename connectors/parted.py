@@ -184,7 +184,6 @@ class Parted:
         return tuple(
             Partition(
                 name=os.path.relpath(part.store.path, self._root),
-                rows=part.stop - part.first,
                 open=self._opener(part.store.path, shift),
             )
             for part, shift in zip(self._parts, self._shifts, strict=True)

@@ -224,6 +224,7 @@ def check_executor(executor: str, store: VectorStore, mode: str) -> None:
             f"{store.info().uri} is one piece, and --executor ray shares partitions out: several "
             "FAISS files ('FOLDER/part*.faiss'), a folder of Parquet files, or a Qdrant server"
         )
+    store.partitions()
     if mode != IN_PLACE:
         raise ConfigError(f"--executor ray writes in place, not by --mode {mode}")
     if importlib.util.find_spec("ray") is None:

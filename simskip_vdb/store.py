@@ -181,13 +181,11 @@ class Partition:
 
     Attributes:
         name: Such as a file's name; the same rows have it in every run.
-        rows: How many it has; None where that is not known before it is read.
         open: Opens it, and nothing else, in whatever process; its rows have the ids that they have
             in the store, in the order of `VectorStore.scan`. It can be pickled.
     """
 
     name: str
-    rows: int | None
     open: Callable[[], RowStore]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +17,14 @@ import pytest
 from builders import flat, ivf, random_refiner
 from mortal import Mortal, plan
 from parquet_files import raw_rows, write_rows
+from qdrant_client import QdrantClient
+from qdrant_points import make_collection
+from qdrant_server import Server
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.qdrant_points import to_ids
+from simskip_vdb.connectors.qdrant_store import QdrantStore
 from simskip_vdb.crew import check_executor
 from simskip_vdb.datatypes import Metric
 from simskip_vdb.errors import (
@@ -233,3 +239,63 @@ def test_what_cannot_be_shared_out_is_refused(
     with pytest.raises(MissingDependencyError, match=r"simskip-vdb\[ray\]"):
         desk.refine("there", "ray")
     assert not desk.state("there").exists()
+
+
+def refine_slices(address: str, collection: str, folder: Path, executor: str) -> Report:
+    settings = ss.Settings(
+        refiner=folder / "refiner",
+        accept_unmeasured=True,
+        executor=executor,
+        state=folder / f"state-{executor}",
+    )
+    store = open_store(f"qdrant://{address}/{collection}")
+    return ss.refine(store, ss.Judgments(), settings)
+
+
+def test_slices_of_a_collection_behind_a_server_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's local mode answers in a server's place: requests fit, and slices are whole."""
+    monkeypatch.setattr("simskip_vdb.connectors.qdrant_rows._POLL_SECONDS", 0)
+    ids = to_ids(range(120))
+    vectors = np.random.default_rng(1).normal(size=(120, D)).astype(np.float32)
+    random_refiner(D, np.sort(ids)).save(tmp_path / "refiner")
+    server = Server("1.19.0")
+    with closing(server), server.listening() as address:
+        for name in ("here", "there"):
+            make_collection(server.local, ids, vectors, Metric.DOT, name=name)
+        local = refine_slices(address, "here", tmp_path, "local")
+        shared = refine_slices(address, "there", tmp_path, "ray")
+        assert shared.written == local.written
+        rows = {
+            name: np.concatenate([b.vectors for b in QdrantStore(server.local, name).scan(500)])
+            for name in ("here", "there")
+        }
+        assert rows["here"].tobytes() != vectors.tobytes()
+        np.testing.assert_allclose(rows["there"], rows["here"], atol=1e-6)
+        store = open_store(f"qdrant://{address}/there")
+        assert ss.rollback(store, state=tmp_path / "state-ray")["exact"]
+
+
+@pytest.mark.skipif("SIMSKIP_QDRANT_URL" not in os.environ, reason="SIMSKIP_QDRANT_URL is not set")
+def test_slices_of_a_server(tmp_path: Path) -> None:
+    ids = to_ids(range(5000))
+    vectors = np.random.default_rng(1).normal(size=(5000, D)).astype(np.float32)
+    random_refiner(D, np.sort(ids)).save(tmp_path / "refiner")
+    client = QdrantClient(url=os.environ["SIMSKIP_QDRANT_URL"])
+    address = os.environ["SIMSKIP_QDRANT_URL"].removeprefix("http://")
+    try:
+        for name in ("here", "there"):
+            client.delete_collection(name)
+            make_collection(client, ids, vectors, Metric.DOT, name=name)
+        refine_slices(address, "here", tmp_path, "local")
+        refine_slices(address, "there", tmp_path, "ray")
+        here, there = (
+            np.concatenate([b.vectors for b in QdrantStore(client, name).scan(500)])
+            for name in ("here", "there")
+        )
+        np.testing.assert_allclose(there, here, atol=1e-6)
+    finally:
+        client.delete_collection("here")
+        client.delete_collection("there")
+        client.close()
