@@ -51,6 +51,7 @@ class ReadDone(NamedTuple):
     originals: FileRef
     digests: Digests
     ours: Mask
+    usable: Mask
     columns: Mapping[str, list[Any]]
 
 
@@ -101,7 +102,7 @@ class Worker:
             state, store = self._state(job), job.partition.open()
             found = read_rows(store, state, state.ours(store), job.fields, silent)
         assert state.scanned is not None
-        return ReadDone(state.scanned, found.digests, found.ours, found.columns)
+        return ReadDone(state.scanned, *found[1:5])
 
     def write(self, job: WriteJob) -> Sent:
         """Refine, write and verify a partition, as the write that is announced says."""
@@ -115,8 +116,8 @@ class Worker:
                 part = slice(start, start + len(block))
                 return refiner.refine_rows(block, rows.ids[part], job.late[part])
 
-            ours = np.zeros(len(rows), np.bool_)
-            found = Snapshot(rows, job.digests, ours, {})
+            nothing = np.zeros(len(rows), np.bool_)
+            found = Snapshot(rows, job.digests, nothing, nothing, {})
             read = AsRead(rows, job.digests, state, store)
             target = InPlace(store, state)
             return Sending(target, store, found, read, refine, silent, job.settled).run(state)
@@ -153,6 +154,7 @@ class Crew:
             self._journal.adopt_originals([part.originals for part in parts]),
             np.concatenate([part.digests for part in parts]),
             np.concatenate([part.ours for part in parts]),
+            np.concatenate([part.usable for part in parts]),
             {name: [v for part in parts for v in part.columns[name]] for name in fields},
         )
 

@@ -36,7 +36,7 @@ def read_rows(
     true = TrueRows(store, ours)
     digests = [np.empty(0, np.uint64)]
     columns: dict[str, list[Any]] = {name: [] for name in fields}
-    mine = [np.empty(0, np.bool_)]
+    mine, usable = [np.empty(0, np.bool_)], [np.empty(0, np.bool_)]
 
     def originals() -> Iterator[VectorBatch]:
         done = 0
@@ -47,9 +47,17 @@ def read_rows(
             for name, column in columns.items():
                 column.extend(batch.fields[name])
             mine.append(written)
+            usable.append(np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))
             done += len(batch)
             progress("read", done, total)
         true.check()
 
     rows = journal.save_originals(originals())
-    return Snapshot(rows, np.concatenate(digests), np.concatenate(mine), columns, sha256)
+    return Snapshot(
+        rows,
+        np.concatenate(digests),
+        np.concatenate(mine),
+        np.concatenate(usable),
+        columns,
+        sha256,
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ class Rows:
 
     def __init__(self, *paths: Path) -> None:
         self.path, self._paths = paths[0], paths
+        self._lock = Lock()  # the reader is not made for several threads
         ids: list[Ids] = []
         self._files: list[int] = []  # of each block, and which block of that file it is
         self._numbers: list[int] = []
@@ -79,28 +82,40 @@ class Rows:
         return len(self._files)
 
     def _block(self, i: int) -> Vectors:
-        if self._files[i] != self._at:
-            self._open(self._files[i])
-        vectors: Vectors = self._reader.get_batch(self._numbers[i])["vector"].flatten().to_numpy()
+        with self._lock:
+            if self._files[i] != self._at:
+                self._open(self._files[i])
+            batch = self._reader.get_batch(self._numbers[i])
+        vectors: Vectors = batch["vector"].flatten().to_numpy()
         return vectors.reshape(-1, self.dim)
 
     def _read_ids(self, number: int) -> list[Ids]:
         import pyarrow as pa
 
-        source = self._open(number)
-        only_ids = pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=[0]))
-        return [ids_from_arrow(only_ids.get_batch(i)["id"])
-                for i in range(only_ids.num_record_batches)]  # fmt: skip
+        self._open(number)
+        only_ids = pa.ipc.IpcReadOptions(included_fields=[0])
+        # Of a map, only the pages with ids are read.
+        with _reading(self._paths[number]), pa.memory_map(str(self._paths[number])) as mapped:
+            reader = pa.ipc.open_file(mapped, options=only_ids)
+            blocks = range(reader.num_record_batches)
+            return [ids_from_arrow(reader.get_batch(i)["id"]).copy() for i in blocks]
 
-    def _open(self, number: int) -> Any:  # noqa: ANN401 pyarrow
+    def _open(self, number: int) -> None:
         import pyarrow as pa
 
-        try:
-            source = pa.OSFile(str(self._paths[number]))
-            self._reader, self._at = pa.ipc.open_file(source), number
-        except (OSError, pa.ArrowInvalid) as error:
-            raise JournalError(f"{self._paths[number]} cannot be read: {error}") from error
-        return source
+        with _reading(self._paths[number]):
+            self._reader = pa.ipc.open_file(pa.OSFile(str(self._paths[number])))
+        self._at = number
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise JournalError(f"{path} cannot be read: {error}") from error
 
 
 def row_digests(vectors: Vectors) -> Digests:

@@ -27,6 +27,7 @@ class Snapshot(NamedTuple):
         rows: Every row's original, on disk.
         digests: Digest of every row as it was read, shape (n,).
         ours: Which of them we wrote, and nobody changed since, shape (n,).
+        usable: Which originals are finite and not zero, shape (n,).
         columns: Payload columns that were asked for, each of length n.
         sha256: Hash of the file before it was read; empty where the store is no file.
     """
@@ -34,6 +35,7 @@ class Snapshot(NamedTuple):
     rows: Rows
     digests: Digests
     ours: Mask
+    usable: Mask
     columns: Mapping[str, list[Any]]
     sha256: str = ""
 

@@ -35,7 +35,7 @@ from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
-from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.store import Marked, RowWritable, VectorStore
 from simskip_vdb.targets import holding
 
@@ -113,12 +113,12 @@ class Workspace:
         self.journal = journal
         self.ledger = ledger
         self.found = found
-        self.rows = rows = found.rows
+        self.rows = found.rows
         self.judged = judged
         self.settings = settings
         self.current: Write | None = journal.manifest.current
         self.held_by = holding(store, self.current)
-        self.usable = _usable(rows)
+        self.usable = found.usable
         defaults = DEFAULT_MEASURES if judged.groups is None else GROUP_MEASURES
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
@@ -416,10 +416,3 @@ def _check_search(store: VectorStore, settings: Settings) -> None:
     """Try the search settings on one query, before anything that takes long or counts."""
     if settings.search_params and store.info().count:
         store.search(np.ones((1, store.info().dim), np.float32), 1, settings.search_params)
-
-
-def _usable(rows: Rows) -> Mask:
-    usable = np.zeros(len(rows), np.bool_)
-    for start, block in rows.blocks():
-        usable[start : start + len(block)] = np.isfinite(block).all(axis=1) & block.any(axis=1)
-    return usable

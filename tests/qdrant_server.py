@@ -56,6 +56,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16  # a header and a body sent apart are waited for
 
             def _any(self) -> None:
                 content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
