@@ -120,6 +120,7 @@ class ParquetFile:
             count=len(self._rows),
             dim=self._columns.dim,
             metric=self._options.metric,
+            exhaustive=True,
             payload=True,
             state=self._path.with_name(f"{self._path.name}.simskip"),
             details=self._columns.details,

@@ -59,6 +59,7 @@ class ParquetFolder(Parted):
             count=len(self._rows),
             dim=first.dim,
             metric=first.metric,
+            exhaustive=True,
             payload=True,
             state=self._folder.with_name(f"{self._folder.name}.simskip"),
             details=first.details,

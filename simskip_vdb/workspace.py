@@ -195,6 +195,8 @@ class Workspace:
     @cached_property
     def digests(self) -> Digests:
         """Digests of all originals, shape (n,)."""
+        if not self.found.ours.any() and not self.info.lossy:  # they are what was read
+            return self.found.digests
         return np.concatenate([row_digests(block) for _, block in self.rows.blocks()])
 
     def twins(self, rows: Mask) -> Mask:
