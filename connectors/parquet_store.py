@@ -16,7 +16,7 @@ from simskip_vdb.datatypes import Metric, StoreInfo
 from simskip_vdb.durable import disk_errors
 from simskip_vdb.errors import ConfigError, DataError, StoreNotFoundError, UnsupportedIndexError
 
-_MANAGED = ("_delta_log", "_metadata", ".hoodie", "metadata/version-hint.text")
+_MANAGED = ("_delta_log", "_metadata", ".hoodie", "metadata/*.metadata.json")
 
 
 class ParquetFolder(Parted):
@@ -121,7 +121,7 @@ def _parse(uri: str) -> tuple[Path, Options]:
 
 def _refuse_managed(folder: Path, uri: str) -> None:
     for name in _MANAGED:
-        if (folder / name).exists():
+        if any(folder.glob(name)):
             raise UnsupportedIndexError(
                 f"{uri}: {name} keeps account of these files, and would not know that they were "
                 "written anew; refine a copy without it, or let that system write the result"

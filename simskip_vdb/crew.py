@@ -38,11 +38,19 @@ LOCAL, RAY = "local", "ray"
 
 
 class ReadJob(NamedTuple):
-    """A partition to be read, and which payload columns to bring along."""
+    """A partition to be read.
+
+    Attributes:
+        number: Which one.
+        partition: Opens it.
+        fields: Payload columns to bring along.
+        token: Lets a worker in (see `fence`).
+    """
 
     number: int
     partition: Partition
     fields: tuple[str, ...]
+    token: str = ""
 
 
 class ReadDone(NamedTuple):
@@ -65,6 +73,7 @@ class WriteJob(NamedTuple):
         digests: Of its rows as they were read, shape (n,).
         late: Which of them the refiner treats as late, shape (n,).
         settled: Which of them are right already, shape (n,).
+        token: Lets a worker in (see `fence`).
     """
 
     number: int
@@ -73,6 +82,7 @@ class WriteJob(NamedTuple):
     digests: Digests
     late: Mask
     settled: Mask
+    token: str = ""
 
 
 class Pool(Protocol):
@@ -91,14 +101,14 @@ class Pool(Protocol):
 class Worker:
     """Reads and writes one partition at a time; the refiner is loaded once."""
 
-    def __init__(self, folder: Path, info: StoreInfo, token: str) -> None:
-        """Take the state folder, the index, and the token of this run (see `fence`)."""
-        self._folder, self._info, self._token = folder, info, token
+    def __init__(self, folder: Path, info: StoreInfo) -> None:
+        """Take the state folder, and the index."""
+        self._folder, self._info = folder, info
         self._refiner: Refiner | None = None
 
     def read(self, job: ReadJob) -> ReadDone:
         """Save the originals of a partition."""
-        with at_work(self._folder, self._token, job.number):
+        with at_work(self._folder, job.token, job.number):
             state, store = self._state(job), job.partition.open()
             found = read_rows(store, state, state.ours(store), job.fields, silent)
         assert state.scanned is not None
@@ -106,7 +116,7 @@ class Worker:
 
     def write(self, job: WriteJob) -> Sent:
         """Refine, write and verify a partition, as the write that is announced says."""
-        with at_work(self._folder, self._token, job.number):
+        with at_work(self._folder, job.token, job.number):
             state = self._state(job)
             assert state.manifest.pending is not None
             refiner = self._load(state.refiners / state.manifest.pending.refiner)
@@ -148,7 +158,7 @@ class Crew:
             found[job.number] = read
             progress("read", len(found), len(jobs))
 
-        self._pool.run("read", jobs, done)
+        self._run("read", jobs, done)
         parts = [found[i] for i in range(len(jobs))]
         return Snapshot(
             self._journal.adopt_originals([part.originals for part in parts]),
@@ -177,7 +187,7 @@ class Crew:
             progress("write", len(late) - sum(len(j.late) for j in jobs) + rows, len(late))
 
         try:
-            self._pool.run("write", jobs, done)
+            self._run("write", jobs, done)
         finally:
             self._store.reopen()
         parts = [sent[i] for i in range(len(self._partitions))]
@@ -186,6 +196,17 @@ class Crew:
             together(part.fingerprint for part in parts),
             _sum([part.outcome for part in parts]),
         )
+
+    def _run(self, method: str, jobs: Sequence[Any], done: Callable[[Any, Any], None]) -> None:
+        """Have jobs done; no worker, lost ones included, writes anything after that."""
+        folder = self._journal.folder
+        token = send_out(folder)
+        try:
+            self._pool.run(method, [job._replace(token=token) for job in jobs], done)
+        except Exception:
+            shut_out(folder)
+            raise
+        shut_out(folder)
 
     def _jobs(
         self, late: Mask, found: Snapshot, settled: Mask
@@ -245,13 +266,9 @@ def ray_crew(store: VectorStore, journal: Journal) -> Iterator[Crew]:
 
     assert isinstance(store, Partitioned)
     journal.begin()
-    token = send_out(journal.folder)
-    try:
-        arguments = (journal.folder.resolve(), store.info(), token)
-        with RayPool(Worker, arguments, most=len(store.partitions())) as pool:
-            yield Crew(store, journal, pool)
-    finally:
-        shut_out(journal.folder)
+    arguments = (journal.folder.resolve(), store.info())
+    with RayPool(Worker, arguments, most=len(store.partitions())) as pool:
+        yield Crew(store, journal, pool)
 
 
 def _record(sent: Sent, late: Mask) -> dict[str, Any]:

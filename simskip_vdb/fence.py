@@ -1,8 +1,9 @@
 """Who may work on an index's partitions: workers of the run that holds its state, and no others.
 
-A driver that is killed may leave workers behind that go on for a while. So each works on a
-partition under that partition's lock, and only while the token that it was sent out with is still
-the one in the state folder. The next run first writes another token, then waits for every lock:
+A driver that is killed may leave workers behind that go on for a while, and a worker that counts as
+lost may only be out of reach. So each works on a partition under that partition's lock, and only
+while the token that it was sent out with is still the one in the state folder. Before a driver
+undoes anything, and when the next run begins, another token is written and every lock waited for:
 after that no earlier worker writes any more.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.durable import write_durably
-from simskip_vdb.errors import MissingDependencyError, StateInUseError, StoppedError
+from simskip_vdb.errors import MissingDependencyError, StoppedError, TransientStoreError
 
 CREW = "crew"
 _TOKEN = "token"
@@ -38,7 +39,7 @@ def shut_out(folder: Path, patience: float = _PATIENCE) -> None:
         patience: Seconds to wait for each.
 
     Raises:
-        StateInUseError: One goes on for too long.
+        TransientStoreError: One goes on for too long.
     """
     place = folder / CREW
     if not place.is_dir():
@@ -56,7 +57,7 @@ def at_work(folder: Path, token: str, number: int) -> Iterator[None]:
 
     Raises:
         StoppedError: Another run has taken over.
-        StateInUseError: Another worker has this partition and does not let go of it.
+        TransientStoreError: Another worker has this partition and does not let go of it.
     """
     place = folder / CREW
     with _lock(place / f"{number}.lock", _PATIENCE):
@@ -65,7 +66,7 @@ def at_work(folder: Path, token: str, number: int) -> Iterator[None]:
         except OSError:
             current = ""
         if current != token:
-            raise StoppedError(f"{folder}: another run has taken over; this worker stops")
+            raise StoppedError(f"{folder}: another worker or run has taken over; this one stops")
         yield
 
 
@@ -79,7 +80,7 @@ def _lock(file: Path, patience: float) -> Iterator[Any]:
         with filelock.FileLock(file, timeout=patience) as held:
             yield held
     except filelock.Timeout:
-        raise StateInUseError(
-            f"a worker of another run holds {file}, and goes on; stop that run's Ray job or "
+        raise TransientStoreError(
+            f"a worker that was left behind holds {file}, and goes on; stop its Ray job or "
             "cluster, then run the same command"
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.crew import Crew, Worker
 from simskip_vdb.datatypes import Metric, Vectors
-from simskip_vdb.errors import StateInUseError, StoppedError
+from simskip_vdb.errors import StoppedError, StoreError, TransientStoreError
 from simskip_vdb.fence import CREW, at_work, send_out, shut_out
 from simskip_vdb.journal import Journal
 from simskip_vdb.report import Report
@@ -63,8 +64,7 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> type[InTurn]:
     def crew(store: VectorStore, journal: Journal) -> Iterator[Crew]:
         assert isinstance(store, Partitioned)
         journal.begin()
-        token = send_out(journal.folder)
-        yield Crew(store, journal, InTurn(Worker(journal.folder, store.info(), token)))
+        yield Crew(store, journal, InTurn(Worker(journal.folder, store.info())))
 
     monkeypatch.setattr("simskip_vdb.workspace.ray_crew", crew)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -221,7 +221,7 @@ def test_a_worker_of_an_earlier_run_is_kept_out(tmp_path: Path) -> None:
     with at_work(tmp_path, old, 3):
         pass
     new = send_out(tmp_path)
-    with pytest.raises(StoppedError, match="another run has taken over"), at_work(tmp_path, old, 3):
+    with pytest.raises(StoppedError, match="has taken over"), at_work(tmp_path, old, 3):
         raise AssertionError
     with at_work(tmp_path, new, 3):
         pass
@@ -234,8 +234,39 @@ def test_a_worker_of_an_earlier_run_is_kept_out(tmp_path: Path) -> None:
 def test_a_worker_that_is_at_work_is_waited_for(tmp_path: Path) -> None:
     token = send_out(tmp_path)
     lock = filelock.FileLock(tmp_path / CREW / "0.lock")
-    with lock, pytest.raises(StateInUseError, match=r"0\.lock.*stop that run"):
+    with lock, pytest.raises(TransientStoreError, match=r"0\.lock.*stop its Ray"):
         shut_out(tmp_path, patience=0.1)
     shut_out(tmp_path, patience=0.1)
     with pytest.raises(StoppedError), at_work(tmp_path, token, 0):
         raise AssertionError
+
+
+@pytest.mark.parametrize("end", ["fails", "is refused"])
+def test_a_worker_that_was_out_of_reach_cannot_write_after_an_undo(
+    desk: Desk, turns: type[InTurn], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """A job whose worker seemed lost is done once more, when all was undone."""
+    late: list[Callable[[], object]] = []
+
+    def run(
+        self: InTurn, method: str, jobs: Sequence[Any], done: Callable[[Any, Any], None]
+    ) -> None:
+        for job in jobs:
+            work = getattr(self._worker, method)
+            late.append(partial(work, job))
+            if (method, job.number, end) == ("write", 3, "fails"):
+                raise StoreError("the disk is on fire")
+            done(job, work(job))
+
+    def refuse(self: object, candidate: object) -> None:
+        raise StoreError("the disk is on fire")
+
+    monkeypatch.setattr(turns, "run", run)
+    if end == "is refused":
+        monkeypatch.setattr("simskip_vdb.measuring.ThroughIndex.accept", refuse)
+    with pytest.raises(StoreError, match="on fire"):
+        desk.refine()
+    for again in late:
+        with pytest.raises(StoppedError):
+            again()
+    assert desk.holds(None)
