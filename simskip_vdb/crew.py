@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from simskip_vdb.datatypes import Mask, Progress, StoreInfo, Vectors, silent
-from simskip_vdb.errors import ConfigError, MissingDependencyError
+from simskip_vdb.errors import ConfigError, MissingDependencyError, StoreError
 from simskip_vdb.fence import at_work, send_out, shut_out
 from simskip_vdb.journal import IN_PLACE, FileRef, Journal, ref_from
 from simskip_vdb.outgoing import Written
@@ -188,8 +188,11 @@ class Crew:
 
         try:
             self._run("write", jobs, done)
-        finally:
-            self._store.reopen()
+        except Exception:
+            with suppress(StoreError):  # what went wrong first is told
+                self._store.reopen()
+            raise
+        self._store.reopen()
         parts = [sent[i] for i in range(len(self._partitions))]
         return Sent(
             FileRef.of_parts([part.written for part in parts]),
