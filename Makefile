@@ -21,7 +21,7 @@ type: $(VENV)/dev.done  ## mypy, strict
 	$(BIN)/mypy
 
 bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last two need data
-	$(BIN)/python benchmarks/apply.py
+	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/faiss_types.py
 	$(BIN)/python benchmarks/edge_refine.py
 	$(BIN)/python benchmarks/fortnight.py

@@ -28,7 +28,7 @@ import machine
 import numpy as np
 import qdrant_edge as edge
 from application import Application, Payload
-from apply import refiner
+from speed_cells import refiner
 
 import simskip_vdb as ss
 from simskip_vdb.connectors.edge_store import EdgeStore

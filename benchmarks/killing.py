@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import faiss
 import numpy as np
 import qdrant_edge as edge
-from apply import refiner
 from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
+from speed_cells import refiner
 
 from simskip_vdb import Refiner, cli
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric, Vectors

@@ -84,7 +84,7 @@ def _moved(space: Workspace, kind: str, seed: int) -> Vectors:
         queries=permuted(space.judged.queries[Split.FIT], rng),
         usable=space.usable,
     )
-    fitted = fit_refiner(problem, FitSettings(seed=seed), lambda _: 0.0, plan=MOVES)
+    fitted = fit_refiner(problem, FitSettings(seed=seed), lambda _: [], plan=MOVES)
     return fitted.refiner.refine_rows(rows, space.rows.ids)
 
 

@@ -114,7 +114,7 @@ def simskip(task: Task) -> Moved:
     ids = np.arange(len(task.vectors))
     problem = Problem(vectors=task.vectors, ids=ids, metric=Metric.DOT, usable=task.usable)
     plan = Plan(alpha=1.0, beta=0.0)
-    refiner = fit_refiner(problem, settings, lambda _: 0.0, plan=plan).refiner
+    refiner = fit_refiner(problem, settings, lambda _: [], plan=plan).refiner
     return Moved(rows=refiner.refine_rows(task.vectors, ids), queries=refiner)
 
 

@@ -32,7 +32,7 @@ from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
-FIT = ("config", "losses", "model", "pairs", "sampling", "training")
+FIT = ("config", "losses", "model", "pairs", "plans", "sampling", "training", "working_set")
 PUBLISHED = "SimSkip as published"
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import faiss
 import machine
 import numpy as np
-from apply import memory, refiner
+from speed_cells import memory, refiner
 
 import simskip_vdb as ss
 from simskip_vdb import crew, pipeline

@@ -158,7 +158,13 @@ class EdgeRows:
             condition = None
             if guards is not None:
                 condition = self._condition({points[at]: guards[at] for at in chosen})
-            new = [edge.PointVectors(points[at], {self.vector: vectors[at]}) for at in chosen]
+            # The engine takes in a vector by itself twice as fast as one with its name.
+            new = [
+                edge.PointVectors(
+                    points[at], {self.vector: vectors[at]} if self.vector else vectors[at]
+                )
+                for at in chosen
+            ]
             try:
                 with engine_call(self.uri, "writing rows; is the disk full?"):
                     self.shard.update(edge.UpdateOperation.update_vectors(new, condition))

@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_tree import IVF, REFINES, Index, core, down
 from simskip_vdb.connectors.swap import Identity, take_mode_and_owner
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of, write_durably
@@ -93,7 +94,7 @@ def mentions_lists(path: Path) -> bool:
     Raises:
         OSError: It cannot be read.
     """
-    return _mentions_lists(path, Identity.of(path))
+    return FlatFile.find(path) is None and _mentions_lists(path, Identity.of(path))
 
 
 @lru_cache(maxsize=8)

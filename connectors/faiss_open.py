@@ -8,10 +8,12 @@ mapped after that.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import IntEnum
 from pathlib import Path
 
 import faiss
@@ -19,6 +21,7 @@ import faiss
 from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
 from simskip_vdb.errors import SimskipError, StoreError
+from simskip_vdb.overlap import cores
 
 _SMALL = 1 << 20
 _MOST_LINKS = 1 << 12
@@ -30,14 +33,17 @@ _HEADER_FILLER = (1 << 20).to_bytes(8, "little") * 2  # what FAISS writes into e
 
 
 @contextmanager
-def faiss_call(path: Path, doing: str) -> Iterator[None]:
-    """Run FAISS on few threads, and turn its errors and the system's into `StoreError`.
+def faiss_call(path: Path, doing: str, *, long: bool = False) -> Iterator[None]:
+    """Choose FAISS's threads, and turn its errors and the system's into `StoreError`.
 
     FAISS brings an OpenMP runtime of its own; beside torch's, whose threads spin while they wait,
-    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room.
+    two threads on two cores searched 7 to 20 times slower than one. Half the cores leave room,
+    unless threads wait asleep, as the command line lets them. What takes long gets all cores in any
+    case: threads that wait go to sleep before it is done.
     """
     threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(max(1, (os.cpu_count() or 1) // 2))
+    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    faiss.omp_set_num_threads(cores() if long or asleep else max(1, cores() // 2))
     try:
         yield
     except SimskipError:
@@ -50,12 +56,22 @@ def faiss_call(path: Path, doing: str) -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def read_mapped(path: Path, *, trusted: bool) -> Index:
+class Trust(IntEnum):
+    """What is known of a file before it is read."""
+
+    NONE = 0
+    HEADER = 1
+    """This process wrote it a moment ago, but its end may be missing."""
+    ALL = 2
+    """It was checked already, or is plain rows to the byte."""
+
+
+def read_mapped(path: Path, trust: Trust) -> Index:
     """Read an index for reading only; a large file through a map.
 
     Args:
         path: The file.
-        trusted: Whether it was written a moment ago, and need not be checked.
+        trust: What need not be checked.
 
     Raises:
         StoreError: The file is not an index, or damaged.
@@ -63,13 +79,21 @@ def read_mapped(path: Path, *, trusted: bool) -> Index:
     # The flag is missing from old versions.
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     is_large = path.stat().st_size >= _SMALL
-    if not trusted:
+    if trust is Trust.NONE:
         _refuse_huge_counts(path)
+    if trust is not Trust.ALL:
         plain = read_limited(path, 0)
         if not (is_large and mapped):
             return plain
         del plain
+        give_back_memory()
     return read_limited(path, mapped if is_large else 0)
+
+
+def give_back_memory() -> None:
+    """Return to the system what FAISS freed; glibc keeps lists, whose sizes are moderate."""
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def read_limited(path: Path, flags: int) -> Index:

@@ -60,7 +60,7 @@ def rebuild(
     with _spool_file(path) as spool:
         sample, extremes = _spool(path, layout, rows, spool)
         index = _emptied(path)
-        with faiss_call(path, "training"):
+        with faiss_call(path, "training", long=True):
             train(index, sample, extremes)
             del sample
             if spans_unseen_ranges(index):
@@ -116,11 +116,11 @@ def _fill(
     elif type(body) in NSG:
         blocks = list(rows)  # its graph is built at once, over all rows
         if blocks:
-            with faiss_call(path, "building the graph"):
+            with faiss_call(path, "building the graph", long=True):
                 body.add(np.concatenate(blocks))
     else:
         for vectors in rows:
-            with faiss_call(path, "adding rows"):
+            with faiss_call(path, "adding rows", long=True):
                 body.add(vectors)
     for part in wrappers(index):
         part.ntotal = layout.root.ntotal
@@ -155,7 +155,7 @@ def _fill_ivf(
     for vectors in rows:
         here = slice(done, done + len(vectors))
         done += len(vectors)
-        with faiss_call(path, "adding rows"):
+        with faiss_call(path, "adding rows", long=True):
             if homes is None:
                 ivf.add_with_ids(vectors, ids[here])
             elif writer is None:
@@ -181,7 +181,7 @@ def _own_ids(layout: Layout) -> NDArray[np.int64]:
 def _homes(path: Path, index: Index, rows: Iterable[Vectors]) -> NDArray[np.int64]:
     """Return each row's list; -1 for rows that an IVF drops."""
     found = [np.empty(0, np.int64)]
-    with faiss_call(path, "assigning rows to lists"):
+    with faiss_call(path, "assigning rows to lists", long=True):
         quantizer = on_gpu(down(core(index).quantizer))
         for vectors in _as_stored(index, rows):
             found.append(quantizer.search(vectors, 1)[1][:, 0])

@@ -10,6 +10,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_folders import locate
 from simskip_vdb.connectors.faiss_gpu import MOST_NEIGHBOURS, on_gpu
 from simskip_vdb.connectors.faiss_layout import Layout, take_apart
@@ -20,7 +21,12 @@ from simskip_vdb.connectors.faiss_lists import (
     settle,
     switching,
 )
-from simskip_vdb.connectors.faiss_open import faiss_call, read_mapped
+from simskip_vdb.connectors.faiss_open import (
+    Trust,
+    faiss_call,
+    give_back_memory,
+    read_mapped,
+)
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
@@ -62,8 +68,15 @@ class FaissStore:
     process, as it would any reader of the map.
     """
 
-    def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: Path | str, *, read_only: bool = False, trust: Trust = Trust.NONE
+    ) -> None:
         """Open an index, by its file or by the folder that a framework saved.
+
+        Args:
+            path: The file or the folder.
+            read_only: Refuse every write.
+            trust: What is known of the file already.
 
         Raises:
             StoreNotFoundError: There is no such file.
@@ -73,7 +86,7 @@ class FaissStore:
         self._path = locate(Path(path)).resolve()
         self._read_only = read_only
         self._originals: ExactVectors | None = None
-        self._open()
+        self._open(trust)
 
     @classmethod
     def open(cls, uri: str, *, read_only: bool) -> FaissStore:
@@ -226,8 +239,9 @@ class FaissStore:
             take_mode_and_owner(temporary, self._path)
             with kept_as(self._path, keep, expected):
                 self._unchanged()
+                written = Identity.of(temporary)
                 swap_in(temporary, self._path)
-            self._open()
+            self._open(Trust.ALL if Identity.of(self._path) == written else Trust.NONE)
             confirm(self._path)
 
     def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
@@ -267,7 +281,7 @@ class FaissStore:
 
     def reopen(self) -> None:
         """Look at the file anew, which one of our own processes has written and checked."""
-        self._open(trusted=True)
+        self._open(Trust.ALL)
 
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
@@ -278,7 +292,7 @@ class FaissStore:
     def _uri(self) -> str:
         return f"{_SCHEME}{self._path}"
 
-    def _open(self, *, trusted: bool = False) -> None:
+    def _open(self, trust: Trust = Trust.NONE) -> None:
         path = self._path
         if not path.exists():
             raise StoreNotFoundError(f"{path}: there is no such file")
@@ -286,9 +300,9 @@ class FaissStore:
             raise StoreError(f"{path}: not a file; no FAISS index can be read from it")
         with disk_errors(path):
             self._identity = Identity.of(path)
-            path.open("rb").close()
+            self._flat = FlatFile.find(path)
         with faiss_call(path, "this is not a FAISS index that can be read"):
-            root = read_mapped(path, trusted=trusted)
+            root = read_mapped(path, trust if self._flat is None else Trust.ALL)
             self._layout: Layout = take_apart(root, self._uri)
             self._lists: ListFile | None = list_file(root, path)
         self._fast: Index = None
@@ -316,23 +330,36 @@ class FaissStore:
     def _read(self, start: int, stop: int) -> Vectors:
         self._unchanged()
         with faiss_call(self._path, "reading rows"):
+            if self._flat is not None:
+                return self._flat.read(start, stop)
             return self._layout.read(start, stop)
 
     def _write(
         self, batches: Iterable[VectorBatch], check: Check, target: Path, lists: ListFile | None
     ) -> None:
         """Write the rewritten index to `target`, its lists to `lists`, and let it be checked."""
-        index = rebuild(self._path, self._layout, self._merged(batches), lists)
-        with faiss_call(target, "writing the new index; is the disk full?"):
-            faiss.write_index(index, str(target))
-            make_durable(target)
-        del index
-        # A new map drops the pages of the old file that were read, which count as memory.
-        self._unchanged()
-        self._open(trusted=True)
-        candidate = FaissStore(target, read_only=True)
+        self._drop_pages()
+        rows = self._merged(batches)
+        if self._flat is not None:
+            with disk_errors(target):
+                self._flat.write_like(target, rows)
+                make_durable(target)
+        else:
+            index = rebuild(self._path, self._layout, rows, lists)
+            with faiss_call(target, "writing the new index; is the disk full?"):
+                faiss.write_index(index, str(target))
+                make_durable(target)
+            del index
+            give_back_memory()
+            self._drop_pages()
+        candidate = FaissStore(target, read_only=True, trust=Trust.HEADER)
         self._verify(candidate)
         check(candidate)
+
+    def _drop_pages(self) -> None:
+        """Map the file anew: its pages that were read count as memory."""
+        self._unchanged()
+        self._open(Trust.ALL)
 
     def _merged(self, batches: Iterable[VectorBatch]) -> Iterator[Vectors]:
         """Yield all rows in scan order: new vectors where there are any, else the stored ones."""

@@ -18,6 +18,7 @@ from simskip_vdb.bars import Bars
 from simskip_vdb.errors import ConfigError, SimskipError
 from simskip_vdb.judgments import RULES
 from simskip_vdb.pace import Pace, stops_on_sigterm
+from simskip_vdb.threads import wait_asleep
 
 INTERRUPTED = 130
 
@@ -54,6 +55,7 @@ def cli(verbose: bool) -> None:
     qdrant+https://…; qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME
     where vectors have names.
     """
+    wait_asleep()
     logs.configure(logging.INFO if verbose else logging.WARNING)
 
 

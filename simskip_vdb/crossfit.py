@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from simskip_vdb.config import Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions, Progress, Split
 from simskip_vdb.evaluation import compare, depth, relevant_rows, score, seen_queries
 from simskip_vdb.fitting import (
+    checkpoints,
     choose_late_rows,
+    fit_key,
     problem_of,
     queries_as,
     recorded,
@@ -97,7 +100,8 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
     fold = deal(everyone.ids, near_identical(everyone.vectors), FOLDS, seed)
     parts = [everyone.subset(fold == number) for number in range(FOLDS)]
     problem = problem_of(space, everyone)
-    with space.timed("fit"):
+    key = judgments_digest(everyone, space.rows.ids) + fit_key(space)
+    with space.timed("fit"), checkpoints(space, hashlib.sha256(key.encode()).hexdigest()):
         refiners, plans = [], []
         for number in range(FOLDS):
             refiner, plan = _fit_fold(space, problem, parts, number, progress)
@@ -164,6 +168,7 @@ def _fit_fold(
             space.settings.fit,
             space.validate,
             progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
+            checkpoint=space.checkpoint(),
         ).plan
     rest = _without(space, parts, number)
     rest_only = replace(problem, queries=rest)
@@ -183,6 +188,7 @@ def _fit(space: Workspace, problem: Problem, plan: Plan, progress: Progress, sta
         space.validate,
         progress=lambda done, total, _: progress(stage, done, total),
         plan=plan,
+        checkpoint=space.checkpoint(),
     ).refiner
 
 
@@ -212,6 +218,7 @@ def _late_rows(
         space.validate,
         progress=lambda done, total, _: progress("probe", done, total),
         plan=plan,
+        checkpoint=space.checkpoint(),
     ).refiner
     with queries_as(space, _roles(space, rest, parts[0])):
         share, rule = treat_late_rows(space, probe, late)

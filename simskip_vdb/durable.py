@@ -26,7 +26,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes | memoryview) -> None:
     """Replace a small file so that a kill leaves the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):

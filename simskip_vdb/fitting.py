@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from simskip_vdb.datatypes import JudgedQueries, Progress, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
 from simskip_vdb.measuring import Measured, judgments_digest, learnt_from, measure
+from simskip_vdb.plans import IDENTITY, Fitted, Plan, Trial
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.resolution import concatenate
 from simskip_vdb.rows import hash_ids, row_digests
@@ -26,7 +29,7 @@ from simskip_vdb.splits import near_identical, unit_hash
 from simskip_vdb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from simskip_vdb.training import Fitted, Plan, Problem
+    from simskip_vdb.training import Problem
 
 TOP = 10
 LATE_ROWS = 0.1  # part of the rows that the probe treats as late
@@ -50,12 +53,28 @@ def fit_or_recall(space: Workspace, progress: Progress) -> Refiner:
         FitError: The fit diverged.
         MissingDependencyError: torch is not installed.
     """
-    key = _key(space)
+    key = fit_key(space)
     refiner = _recall(space.journal.refiners, key)
     if refiner is None:
-        with space.timed("fit"):
+        with space.timed("fit"), checkpoints(space, key):
             refiner = _fit(space, key, progress)
     return refiner
+
+
+@contextmanager
+def checkpoints(space: Workspace, key: str) -> Iterator[None]:
+    """Give every fit of a run a checkpoint, by its number, until the run has fitted them all.
+
+    Args:
+        space: The index and its judgments.
+        key: Hash of everything that the fits depend on.
+    """
+    folder = space.journal.fits
+    numbers = count()
+    space.checkpoint = lambda: folder / f"{key}-{next(numbers)}"
+    yield
+    space.checkpoint = lambda: None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def validated(refiner: Refiner) -> Measured | None:
@@ -78,7 +97,7 @@ def _validated_on(space: Workspace) -> str:
 
 
 def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
-    from simskip_vdb.training import Plan, fit_refiner, moved
+    from simskip_vdb.training import fit_refiner
 
     judged, settings = space.judged, space.settings.fit
     fit_queries = judged.queries[Split.FIT]
@@ -94,6 +113,7 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
             space.validate,
             progress=lambda done, total, _: progress(stage, done, total),
             plan=plan,
+            checkpoint=space.checkpoint(),
         )
 
     if not len(judged.queries[Split.VALIDATION]):
@@ -107,19 +127,23 @@ def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
         with queries_as(space, {**judged.queries, Split.VALIDATION: held}):
             fits.append(fit("fold", replace(problem, queries=rest), None))
     sizes = [len(judged.queries[Split.VALIDATION]), *(len(held) for _, held in folds)]
-    plan, choice = _chosen(fits, sizes)
-    refiner = moved(fits[0].whole, plan)
-    info = _info(fits[0], key) | {"choice": choice}
+    ranked = _ranked(fits, sizes)
+    plan = ranked[0].plan
+    info = _info(fits[0], key)
+    rule = LateRule.RAW
+    if plan.alpha or plan.beta:
+        late = choose_late_rows(space)
+        probe = fit("probe", replace(problem, late=late), plan)
+        plan, share, rule = _treated(space, probe, [trial.plan for trial in ranked], late)
+        info["late_rows"] = {**share.to_dict(), "rule": rule.value}
+    info["choice"] = _choice(ranked, plan, sum(sizes))
+    refiner = fits[0].moved(plan)
     measured = measure(space, refiner, Split.VALIDATION)
     assert measured is not None
     info["validation"] = asdict(measured[0])
     info["validated_on"] = _validated_on(space)
     if refiner.is_identity:
         return recorded(refiner, space, problem, info)
-    late = choose_late_rows(space)
-    probe = fit("probe", replace(problem, late=late), plan).refiner
-    share, rule = treat_late_rows(space, probe, late)
-    info["late_rows"] = {**share.to_dict(), "rule": rule.value}
     if whole is not problem:
         refiner = fit("fit on all", whole, plan).refiner
     return recorded(replace(refiner, late=rule), space, whole, info)
@@ -159,11 +183,12 @@ def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
 
 
 def problem_of(space: Workspace, queries: JudgedQueries | None) -> Problem:
-    """Return what is fitted: all usable rows, and these queries."""
+    """Return what is fitted: all usable rows, on disk, and these queries."""
     from simskip_vdb.training import Problem
 
     return Problem(
-        vectors=space.rows.matrix(),
+        vectors=np.empty((0, space.info.dim), np.float32),
+        on_disk=space.rows,
         ids=space.rows.ids,
         metric=space.info.metric,
         queries=queries,
@@ -183,17 +208,43 @@ def queries_as(space: Workspace, queries: Mapping[Split, JudgedQueries]) -> Iter
         space.judged = before
 
 
-def _chosen(fits: Sequence[Fitted], sizes: Sequence[int]) -> tuple[Plan, dict[str, Any]]:
-    """Choose the plan that is best on average over the queries that each fit was chosen by."""
+def _ranked(fits: Sequence[Fitted], sizes: Sequence[int]) -> list[Trial]:
+    """Rank plans by their mean score over the queries that each fit was chosen by, best first.
+
+    Of equals the smaller move comes first.
+    """
     scores = np.average([[t.score for t in fit.trials] for fit in fits], axis=0, weights=sizes)
-    best = int(np.argmax(scores))  # the first of equals: the smallest move
-    choice = {
-        "identity": float(scores[0]),
-        "best": float(scores[best]),
-        "candidates": len(scores),
-        "queries": sum(sizes),
+    plans = [trial.plan for trial in fits[0].trials]
+    trials = [Trial(plan=p, score=float(s)) for p, s in zip(plans, scores, strict=True)]
+    return sorted(trials, key=lambda trial: -trial.score)
+
+
+def _choice(ranked: Sequence[Trial], plan: Plan, queries: int) -> dict[str, Any]:
+    score = {trial.plan: trial.score for trial in ranked}
+    return {
+        "identity": score[IDENTITY],
+        "best": score[plan],
+        "candidates": len(ranked),
+        "queries": queries,
     }
-    return fits[0].trials[best].plan, choice
+
+
+def _treated(
+    space: Workspace, probe: Fitted, plans: Sequence[Plan], late: Mask
+) -> tuple[Plan, LateRows, LateRule]:
+    """Choose the plan, best first, and how late rows are treated.
+
+    Where rows keep arriving, it is the best of those before the identity that are fair to late
+    rows, or simply the best if none is.
+    """
+    better = plans[: plans.index(IDENTITY)] if space.settings.growing else plans[:1]
+    found = []
+    for plan in better:
+        share, rule = treat_late_rows(space, probe.moved(plan), late)
+        if share.fair:
+            return plan, share, rule
+        found.append((plan, share, rule))
+    return found[0]
 
 
 def recorded(
@@ -243,7 +294,7 @@ def treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateR
         blocks = space.refined_blocks(refiner, late)
         ranked = space.search(refiner(judged.vectors), blocks, TOP, skip).ids
         share = late_row_share(raw, ranked, late)
-        value = space.validate(refiner, late) if share.fair else -_unfairness(share)
+        value = space.validate([refiner], late)[0] if share.fair else -_unfairness(share)
         found.append((share.fair, value, share, rule))
     _, _, share, rule = max(found, key=lambda item: item[:2])
     return share, rule
@@ -276,10 +327,11 @@ def _recall(folder: Path, key: str) -> Refiner | None:
     return None
 
 
-def _key(space: Workspace) -> str:
+def fit_key(space: Workspace) -> str:
     """Hash everything that a fit depends on: rows, judgments, settings, version."""
     digest = hashlib.sha256(version("simskip-vdb").encode())
-    digest.update(json.dumps(asdict(space.settings.fit), default=str, sort_keys=True).encode())
+    settings = asdict(space.settings.fit) | {"growing": space.settings.growing}
+    digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     digest.update(space.measure.encode())
     order = np.argsort(space.rows.ids, kind="stable")
     _feed(digest, space.rows.ids[order], space.digests[order])
@@ -305,6 +357,6 @@ def describe(info: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     return (
-        f"the best of {found['candidates']} candidates scored {found['best']:.4f} on "
+        f"the one chosen of {found['candidates']} candidates scored {found['best']:.4f} on "
         f"{found['queries']} queries to choose by, the vectors as they are {found['identity']:.4f}"
     )

@@ -10,6 +10,7 @@ A state folder holds
     unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
     refiners/ID/           fitted refiners, and which rows each knows (known.arrow)
+    fits/                  checkpoints of fits under way, or interrupted
     ledger.json            splits of queries, and looks at the test queries
     lock, holder           held while a run goes on, and by which process
     crew/                  while processes of their own work on partitions: who may (`fence`)
@@ -53,6 +54,7 @@ from simskip_vdb.manifest import (
     manifest_from,
     ref_from,
 )
+from simskip_vdb.overlap import behind
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
 
 __all__ = [
@@ -93,6 +95,8 @@ class Journal:
         self._info = info
         self._lock: Any = None
         self.scanned: FileRef | None = None
+        self._known: dict[str, tuple[tuple[int, ...], tuple[Ids, Digests]]] = {}
+        self._sound: dict[str, tuple[int, ...]] = {}
         self._sure = True  # that the manifest on disk is the one in memory
         self.manifest = self._read_manifest()
 
@@ -153,12 +157,17 @@ class Journal:
         return self.folder / "refiners"
 
     @property
+    def fits(self) -> Path:
+        """Folder of checkpoints, removed when a run has fitted."""
+        return self.folder / "fits"
+
+    @property
     def size(self) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
     def path(self, ref: FileRef) -> Path:
-        """Return the path of a file that the manifest names, checked against its checksum.
+        """Return the path of a file that the manifest names, checked against its checksum once.
 
         Raises:
             JournalError: The file is missing or damaged.
@@ -166,10 +175,14 @@ class Journal:
         path = self.folder / ref.name
         if not path.is_file():
             raise JournalError(f"{path} is missing; restore the state folder from a backup")
-        if sha256_of(path) != ref.sha256:
-            raise JournalError(
-                f"{path} is damaged (its checksum differs); restore the state folder from a backup"
-            )
+        seen = _seen(path)
+        if self._sound.get(ref.name) != seen:
+            if sha256_of(path) != ref.sha256:
+                raise JournalError(
+                    f"{path} is damaged (its checksum differs); restore the state folder from a "
+                    "backup"
+                )
+            self._sound[ref.name] = seen
         return path
 
     def open_originals(self, write: Write) -> Rows:
@@ -305,6 +318,9 @@ class Journal:
         path = self.refiners / refiner / KNOWN
         if not path.is_file():
             return None
+        seen = _seen(path)
+        if refiner in self._known and self._known[refiner][0] == seen:
+            return self._known[refiner][1]
         try:
             with pa.OSFile(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
@@ -315,6 +331,7 @@ class Journal:
             raise JournalError(
                 f"{path} is damaged ({error}); restore the state folder from a backup"
             ) from error
+        self._known[refiner] = seen, (ids, digests)
         return ids, digests
 
     def forget_kept(self) -> list[str]:
@@ -411,12 +428,17 @@ class Journal:
 
         temporary = self.folder / f"{stem}.tmp"
         rows = 0
+
+        def counted(batches: Iterable[Any]) -> Iterator[Any]:
+            nonlocal rows
+            for batch in batches:
+                yield batch
+                rows += batch.num_rows
+
         with disk_errors(self.folder), open(temporary, "wb") as file:
             sink = HashingFile(file)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), first.schema) as writer:
-                for batch in chain([first], batches):
-                    writer.write_batch(batch)
-                    rows += batch.num_rows
+                behind(writer.write_batch, counted(chain([first], batches)))
             file.flush()
             os.fsync(file.fileno())
             digest = sink.sha256.hexdigest()
@@ -446,6 +468,12 @@ class Journal:
                     file.unlink()
                 except OSError as error:
                     log.info("%s cannot be removed: %s", file, error)
+
+
+def _seen(path: Path) -> tuple[int, ...]:
+    """Tell a file from one that was written since."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _still_there(uri: str) -> bool:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simskip_vdb.refiner import Layer
+from simskip_vdb.moving import Layer
 
 
 class Residual(nn.Module):

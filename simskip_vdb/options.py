@@ -148,5 +148,7 @@ fitting = _together(
     ),
 )
 growing = click.option(
-    "--growing", is_flag=True, help="Rows keep arriving: refuse what is unfair to late rows."
+    "--growing",
+    is_flag=True,
+    help="Rows keep arriving: fit what is fair to late rows, and refuse what is not.",
 )

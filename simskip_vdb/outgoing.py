@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
+from simskip_vdb.overlap import ahead
 from simskip_vdb.provenance import SCAN_ROWS, Lookup, Resemblance, near
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import VectorStore
@@ -77,14 +79,14 @@ class Outgoing:
 
     def batches(self) -> Iterator[VectorBatch]:
         """Yield all rows, refined, in scan order."""
-        for start, block in self._rows.blocks():
-            refined = self._refine(start, block)
-            stop = start + len(block)
-            self._sent[start:stop] = row_digests(refined)
-            changed = refined.view(np.uint32) != block.view(np.uint32)  # bits: NaN equals itself
-            self.moved += int(changed.any(axis=1).sum())
-            yield VectorBatch(ids=self._rows.ids[start:stop], vectors=refined)
-            self._progress("write", stop, len(self._rows))
+        with closing(refined_blocks(self._rows, self._refine)) as blocks:
+            for start, block, refined in blocks:
+                stop = start + len(block)
+                self._sent[start:stop] = row_digests(refined)
+                changed = refined.view(np.uint32) != block.view(np.uint32)  # NaN equals itself
+                self.moved += int(changed.any(axis=1).sum())
+                yield VectorBatch(ids=self._rows.ids[start:stop], vectors=refined)
+                self._progress("write", stop, len(self._rows))
 
     def verify(self, candidate: VectorStore) -> Digests:
         """Read every row back and return the digests of what is there, in scan order.
@@ -129,6 +131,11 @@ class Outgoing:
 
     def _expected(self, places: Positions) -> Vectors:
         return refined_at(self._rows, self._refine, places)
+
+
+def refined_blocks(rows: Rows, refine: Refine) -> Generator[tuple[int, Vectors, Vectors]]:
+    """Yield (position of the first row, originals, refined) over all rows, a little ahead."""
+    return ahead((start, block, refine(start, block)) for start, block in rows.blocks())
 
 
 def refined_at(rows: Rows, refine: Refine, places: Positions) -> Vectors:

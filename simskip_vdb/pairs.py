@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import JudgedQueries, Positions, Vectors
 from simskip_vdb.errors import DataError
 
-ROW_BLOCK = 16384
-QUERY_BLOCK = 4096
+SEARCHED = {"cpu": (1024, 4096), "cuda": (16384, 65536)}
+"""Queries and rows compared at once, by device."""
+BLOCK_CELLS = 2**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +33,14 @@ class Targets:
     column: NDArray[np.int64]
     weight: NDArray[np.float32]
     own: NDArray[np.int64]
+
+
+class OnDisk(Protocol):
+    """Rows that are read when they are wanted."""
+
+    def take(self, positions: Positions) -> Vectors:
+        """Return the rows at these positions, shape (len(positions), d)."""
+        ...
 
 
 class Pairs(Protocol):
@@ -151,9 +160,15 @@ class GroupPairs:
 
     def targets(self, batch: Positions, columns: Positions, column_of: Positions) -> Targets:
         """Return the positives of a batch among the columns."""
-        same = self.codes[batch][:, None] == self.codes[columns][None, :]  # (b, c)
-        same &= batch[:, None] != columns[None, :]
-        anchor, column = np.nonzero(same)
+        found = []
+        step = max(1, BLOCK_CELLS // max(1, len(columns)))
+        for start in range(0, len(batch), step):
+            some = batch[start : start + step]
+            same = self.codes[some][:, None] == self.codes[columns][None, :]  # (step, c)
+            same &= some[:, None] != columns[None, :]
+            anchor, column = np.nonzero(same)
+            found.append((anchor + start, column))
+        anchor, column = (np.concatenate(part) for part in zip(*found, strict=True))
         weight = _sum_to_one(anchor, np.ones(len(anchor), dtype=np.float32))
         return Targets(anchor=anchor, column=column, weight=weight, own=column_of[batch])
 
@@ -181,6 +196,18 @@ def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPai
         grades=queries.grades[kept].astype(np.float32),
         anchors_are_rows=False,
     )
+
+
+def grouped_rows(groups: NDArray[np.int64], usable: NDArray[np.bool_]) -> Positions:
+    """Return the rows whose group has another row, ascending.
+
+    Args:
+        groups: Group of each row, shape (n,); -1 for none.
+        usable: Rows that may take part, shape (n,).
+    """
+    codes = np.where(usable, groups, -1)
+    _, inverse, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    return np.flatnonzero((codes >= 0) & (counts[inverse] > 1))
 
 
 def group_pairs(
@@ -246,14 +273,14 @@ def neighbour_pairs(
 
 
 def nearest(
-    queries: Vectors, vectors: Vectors, rows: Positions, *, k: int, device: str
+    queries: Vectors, vectors: Vectors | OnDisk, rows: Positions, *, k: int, device: str
 ) -> Positions:
     """Find each query's nearest rows by cosine, exactly, in bounded memory.
 
     Args:
         queries: Shape (q, d).
-        vectors: All rows, shape (n, d); may be a memory map.
-        rows: Rows to search among.
+        vectors: All rows, shape (n, d).
+        rows: Rows to search among, ascending.
         k: Rows wanted for each query.
         device: Where to search.
 
@@ -264,11 +291,12 @@ def nearest(
     asked = F.normalize(torch.as_tensor(queries, device=device), dim=1)
     best = torch.full((len(queries), k), -torch.inf, device=device)
     place = torch.zeros((len(queries), k), dtype=torch.int64, device=device)
-    for start in range(0, len(rows), ROW_BLOCK):
-        block = vectors[rows[start : start + ROW_BLOCK]]
+    query_block, row_block = SEARCHED.get(asked.device.type, SEARCHED["cpu"])
+    for start in range(0, len(rows), row_block):
+        block = take(vectors, rows[start : start + row_block])
         keys = F.normalize(torch.as_tensor(block, device=device), dim=1)
-        for first in range(0, len(queries), QUERY_BLOCK):
-            some = slice(first, first + QUERY_BLOCK)
+        for first in range(0, len(queries), query_block):
+            some = slice(first, first + query_block)
             score, column = (asked[some] @ keys.T).topk(min(k, len(keys)), dim=1)
             score = torch.cat([best[some], score], dim=1)
             column = torch.cat([place[some], column + start], dim=1)
@@ -276,6 +304,13 @@ def nearest(
             place[some] = column.gather(1, order)
     found: Positions = rows[place.cpu().numpy()]
     return found
+
+
+def take(vectors: Vectors | OnDisk, rows: Positions) -> Vectors:
+    """Return rows, shape (len(rows), d), float32."""
+    if isinstance(vectors, np.ndarray):
+        return np.ascontiguousarray(vectors[rows], dtype=np.float32)
+    return vectors.take(rows)
 
 
 def _indptr(sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -13,10 +13,11 @@ import json
 import math
 import shlex
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
@@ -27,15 +28,15 @@ from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
 from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.markers import marker_of
+from simskip_vdb.moving import Formula, Layer
 from simskip_vdb.store import VectorStore
+
+if TYPE_CHECKING:
+    from simskip_vdb.moving_on_device import OnDevice
 
 SCHEMA = 1
 WEIGHTS_FILE = "refiner.safetensors"
 SETTINGS_FILE = "refiner.json"
-BLOCK_ROWS = 8192
-
-Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Weight, shape (out, in), and bias, shape (out,), of a linear layer."""
 
 
 class LateRule(str, Enum):
@@ -94,12 +95,15 @@ class Refiner:
     chosen_on: NDArray[np.uint64] = field(default_factory=_no_digests)
     info: Mapping[str, Any] = field(default_factory=dict)
     id: str = field(init=False)
+    _formula: Formula | OnDevice = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not len(self.offset_ids):
             object.__setattr__(self, "offsets", np.empty((0, self.dim), dtype=np.float32))
         _check(self)
         object.__setattr__(self, "id", _digest(self))
+        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
+        object.__setattr__(self, "_formula", formula)
 
     @classmethod
     def identity(
@@ -119,8 +123,42 @@ class Refiner:
         """Whether queries are refined too, not only stored rows."""
         return self.side is Side.BOTH and self.alpha != 0 and bool(self.layers)
 
+    def f(self, vectors: NDArray[Any]) -> Vectors | None:
+        """Return f of rows, for refiners of the same layers to share; None if there is none.
+
+        Args:
+            vectors: Shape (n, d), any float dtype.
+
+        Returns:
+            Shape (n, d), float32.
+
+        Raises:
+            DataError: The dimension is not the refiner's.
+        """
+        x = self._checked(vectors)
+        return self._formula.f(x) if self.alpha and self.layers else None
+
+    def on(self, device: str) -> Refiner:
+        """Return the same refiner, computing on a device of torch.
+
+        Last digits differ from what the CPU computes.
+
+        Args:
+            device: Such as ``cuda``.
+        """
+        from simskip_vdb.moving_on_device import OnDevice
+
+        placed = copy(self)
+        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
+        object.__setattr__(placed, "_formula", OnDevice(formula, device))
+        return placed
+
     def refine_rows(
-        self, vectors: NDArray[Any], ids: Ids, late: NDArray[np.bool_] | None = None
+        self,
+        vectors: NDArray[Any],
+        ids: Ids,
+        late: NDArray[np.bool_] | None = None,
+        f: Vectors | None = None,
     ) -> Vectors:
         """Refine stored rows.
 
@@ -131,6 +169,7 @@ class Refiner:
             vectors: Original vectors, shape (n, d), any float dtype.
             ids: Row ids, shape (n,).
             late: Shape (n,), true for rows that arrived after the fit; None for none.
+            f: What `f` returned for these rows; None to compute it.
 
         Returns:
             Shape (n, d), float32; the input itself where nothing moves.
@@ -149,7 +188,7 @@ class Refiner:
             slots = np.where(late, -1, slots)
             if self.late is LateRule.RAW:
                 move = ~late
-        return self._apply(x, slots, move)
+        return self._formula.apply(x, slots, move, f)
 
     def __call__(self, queries: NDArray[Any]) -> Vectors:
         """Refine queries: through f where both sides move, unchanged otherwise.
@@ -166,7 +205,7 @@ class Refiner:
         x = self._checked(queries)
         if not self.moves_queries:
             return x
-        return self._apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
+        return self._formula.apply(x, np.full(len(x), -1), np.ones(len(x), dtype=np.bool_))
 
     def check(self, store: VectorStore) -> None:
         """Make sure that queries through this refiner belong to the rows of a store.
@@ -286,48 +325,6 @@ class Refiner:
             )
         places = np.minimum(np.searchsorted(table, ids), len(table) - 1)
         return np.where(table[places] == ids, places, -1)
-
-    def _apply(self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]) -> Vectors:
-        out = np.empty_like(x)
-        for start in range(0, len(x), BLOCK_ROWS):
-            block = slice(start, start + BLOCK_ROWS)
-            out[block] = self._apply_block(x[block], slots[block], move[block])
-        return out
-
-    def _apply_block(
-        self, x: Vectors, slots: NDArray[np.int64], move: NDArray[np.bool_]
-    ) -> Vectors:
-        norms = _norms(x)
-        move = move & (norms > 0)
-        with np.errstate(invalid="ignore", over="ignore"):
-            unit = (x / np.where(move, norms, 1.0)[:, None]).astype(np.float32)
-            refined = unit
-            if self.alpha != 0 and self.layers:
-                refined = self._f(unit)
-                refined *= np.float32(self.alpha)
-                refined += unit
-            has_offset = slots >= 0
-            if self.beta != 0 and has_offset.any():
-                refined[has_offset] += np.float32(self.beta) * self.offsets[slots[has_offset]]
-            lengths = _norms(refined)
-            refined *= (norms / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[:, None]
-            # A direction that vanished or a number that overflowed has no refined form.
-            move &= (lengths > 0) & np.isfinite(refined).all(axis=1)
-        return np.where(move[:, None], refined, x)
-
-    def _f(self, unit: Vectors) -> Vectors:
-        h = unit
-        for number, (weight, bias) in enumerate(self.layers):
-            h = h @ weight.T
-            h += bias
-            if number < len(self.layers) - 1:
-                np.maximum(h, 0, out=h)
-        return h
-
-
-def _norms(x: Vectors) -> NDArray[np.float64]:
-    norms: NDArray[np.float64] = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
-    return norms
 
 
 def _check(refiner: Refiner) -> None:

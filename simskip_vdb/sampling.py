@@ -13,7 +13,17 @@ from torch import Tensor
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Vectors
 from simskip_vdb.errors import DataError
-from simskip_vdb.pairs import Pairs, Targets, group_pairs, judged_pairs, nearest, neighbour_pairs
+from simskip_vdb.losses import Similarity
+from simskip_vdb.pairs import (
+    OnDisk,
+    Pairs,
+    Targets,
+    group_pairs,
+    judged_pairs,
+    nearest,
+    neighbour_pairs,
+)
+from simskip_vdb.residence import Resident
 
 QUERY_TEMPERATURE = 0.05
 ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
@@ -35,13 +45,15 @@ class Problem:
     """What to fit on; positions are row numbers in scan order.
 
     Attributes:
-        vectors: Rows, shape (n, d), float32; may be a memory map.
+        vectors: Rows, shape (n, d), float32; (0, d) where they are on disk.
         ids: Row ids, shape (n,).
         metric: How the index compares.
         queries: Judged queries of the fit split.
         groups: Group of each row, shape (n,); -1 for none.
         usable: Rows that may take part, shape (n,): finite, not zero, not held out.
         late: Rows treated as late, shape (n,): raw competitors that never move.
+        offsets: Whether rows may have offsets of their own.
+        on_disk: Rows that are not in memory.
     """
 
     vectors: Vectors
@@ -51,6 +63,8 @@ class Problem:
     groups: NDArray[np.int64] | None = None
     usable: NDArray[np.bool_]
     late: NDArray[np.bool_] | None = None
+    offsets: bool = True
+    on_disk: OnDisk | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +78,7 @@ class Step:
         left_raw: Columns that compete raw, shape (c,).
         pairs: Anchor and column of each positive, shape (2, p).
         weights: Weight of each positive, shape (p,).
-        ignore: Where a column is the anchor itself, shape (b, c).
+        own: Column that is the anchor itself, shape (b,); -1 where there is none.
         pseudo: Unit pseudo-queries near rows that no judgment points to, shape (b, d) or (0, d).
         unjudged_share: Part of all rows that no judgment points to.
         metric: How the index compares.
@@ -79,7 +93,7 @@ class Step:
     left_raw: Tensor
     pairs: Tensor
     weights: Tensor
-    ignore: Tensor
+    own: Tensor
     pseudo: Tensor
     unjudged_share: float
     metric: Metric
@@ -87,28 +101,29 @@ class Step:
     query_norms: Tensor
     row_norms: Tensor
 
-    def compare(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Return the index's own similarity over temperature, shape (b, c).
+    def compare(self, queries: Tensor, keys: Tensor) -> Similarity:
+        """Return the index's own similarity over temperature.
 
         Args:
             queries: Unit directions of the anchors, or of pseudo-queries, shape (b, d).
             keys: Unit directions of the columns, shape (c, d).
         """
-        scores = queries @ keys.T
-        if self.metric is Metric.DOT:
-            scores = scores * self.row_norms
-        elif self.metric is Metric.EUCLID:
+        if self.metric is Metric.COSINE:
+            return Similarity(queries / self.temperature, keys)
+        if self.metric is Metric.EUCLID:
             # -‖q - x‖² / 2 without ‖q‖², which all columns share.
-            norms = self.query_norms[: len(queries), None]
-            scores = scores * norms * self.row_norms - self.row_norms**2 / 2
-        return scores / self.temperature
+            queries = queries * self.query_norms[: len(queries), None]
+            bias = -(self.row_norms**2) / 2 / self.temperature
+        else:
+            bias = torch.zeros_like(self.row_norms)
+        return Similarity(queries / self.temperature, keys * self.row_norms[:, None], bias)
 
 
 class Sampler:
     """Draws steps from a problem.
 
     Args:
-        problem: Rows, judgments and groups.
+        problem: Rows in memory, judgments and groups.
         signal: What to learn from: judged queries, groups or neighbours.
         settings: How to fit.
         rng: Source of every draw.
@@ -135,6 +150,9 @@ class Sampler:
         self._column_of = np.full(n, -1, dtype=np.int64)
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
+        self._vectors = Resident(problem.vectors, device)
+        of_rows = self._pairs.vectors is problem.vectors
+        self._anchor_vectors = self._vectors if of_rows else Resident(self._pairs.vectors, device)
         self.anchors = self._pairs.anchors
         most = settings.steps * settings.batch_size
         if len(self.anchors) > most:
@@ -144,8 +162,8 @@ class Sampler:
         self._unjudged = np.zeros(n, dtype=np.bool_)
         self.offset_rows = np.empty(0, dtype=np.int64)
         if self._by_queries:
-            vectors = _take(self._pairs.vectors, self.anchors)
-            hard = nearest(vectors, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
+            asked = self._pairs.vectors[self.anchors]
+            hard = nearest(asked, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
             self._hard = np.full((len(self._pairs.vectors), hard.shape[1]), -1)
             self._hard[self.anchors] = hard
             judged = self._pairs.rows_with_anchors()
@@ -155,13 +173,13 @@ class Sampler:
         elif signal is Signal.GROUPS:
             self.offset_rows = self._pairs.rows_with_anchors()
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
-        if len(self.offset_rows) > MAX_OFFSETS:
+        if len(self.offset_rows) > MAX_OFFSETS or not problem.offsets:
             self.offset_rows = self.offset_rows[:0]
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
         sample = rng.choice(self._rows, min(NORM_SAMPLE, len(self._rows)), replace=False)
-        self._typical_norm = float(np.linalg.norm(_take(problem.vectors, sample), axis=1).mean())
+        self._typical_norm = float(np.linalg.norm(problem.vectors[sample], axis=1).mean())
 
     def step(self, batch: Positions) -> Step:
         """Draw the columns of a step.
@@ -174,15 +192,12 @@ class Sampler:
         targets = self._pairs.targets(batch, columns, self._column_of)
         self._column_of[columns] = -1
 
-        queries, query_norms = self._unit(self._pairs.vectors, batch)
-        raw, row_norms = self._unit(self._problem.vectors, columns)
+        queries, query_norms = _unit(self._anchor_vectors.take(batch))
+        raw, row_norms = _unit(self._vectors.take(columns))
         pairs = self._tensor(np.stack([targets.anchor, targets.column]))
         weights = self._tensor(targets.weight)
         if not self._by_queries:
             weights = _favour_near(queries, raw, pairs, weights)
-        ignore = torch.zeros((len(batch), len(columns)), dtype=torch.bool, device=self._device)
-        itself = np.flatnonzero(targets.own >= 0)
-        ignore[itself, targets.own[itself]] = True
         left_raw = self._late[columns] | (self._rng.random(len(columns)) < self._settings.raw_share)
         return Step(
             queries=queries,
@@ -191,7 +206,7 @@ class Sampler:
             left_raw=self._tensor(left_raw),
             pairs=pairs,
             weights=weights,
-            ignore=ignore,
+            own=self._tensor(targets.own),
             pseudo=self._pseudo(queries, raw, targets, columns),
             unjudged_share=self._unjudged_share,
             metric=self._problem.metric,
@@ -222,13 +237,13 @@ class Sampler:
         residual = queries[targets.anchor[source]] - raw[targets.column[source]]
         return F.normalize(raw[base] + residual, dim=1)  # (b, d)
 
-    def _unit(self, vectors: Vectors, rows: Positions) -> tuple[Tensor, Tensor]:
-        taken = self._tensor(_take(vectors, rows))
-        norms = taken.norm(dim=1)
-        return taken / norms[:, None], norms
-
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         return torch.as_tensor(array, device=self._device)
+
+
+def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    norms = vectors.norm(dim=1)
+    return vectors / norms[:, None], norms
 
 
 def _pairs(
@@ -248,14 +263,10 @@ def _pairs(
 
 def _favour_near(queries: Tensor, raw: Tensor, pairs: Tensor, even: Tensor) -> Tensor:
     """Mix even weights of positives with weights that favour the anchor's raw neighbours."""
-    anchor, column = pairs
-    cosine = (queries @ raw.T)[anchor, column] / ROW_TEMPERATURE  # (p,)
+    anchor = pairs[0]
+    cosine = Similarity(queries / ROW_TEMPERATURE, raw).of_pairs(pairs)
     top = torch.full((len(queries),), -torch.inf, device=raw.device)
     top = top.scatter_reduce(0, anchor, cosine, "amax")
     near = (cosine - top[anchor]).exp()
     near = near / torch.zeros_like(top).index_add(0, anchor, near)[anchor]
     return NEAR_SHARE * near + (1 - NEAR_SHARE) * even
-
-
-def _take(vectors: Vectors, rows: Positions) -> Vectors:
-    return np.ascontiguousarray(vectors[rows], dtype=np.float32)

@@ -27,7 +27,26 @@ def exact_search(
     metric: Metric,
     skip: Mask | None = None,
 ) -> Neighbors:
-    """Find every query's k best rows by comparing it with all of them.
+    """Find every query's k best rows by comparing it with all of them; see `ExactSearch`.
+
+    Args:
+        queries: Shape (q, d), finite; not zero under cosine.
+        blocks: What `ExactSearch.add` takes.
+        k: Rows wanted for each query, at least 1.
+        metric: How queries and rows are compared.
+        skip: Shape (n,); rows that are left out of the answer.
+
+    Raises:
+        ValueError: `k` is below 1, or blocks are out of order.
+    """
+    search = ExactSearch(queries, k, metric, skip)
+    for start, vectors in blocks:
+        search.add(start, vectors)
+    return search.found()
+
+
+class ExactSearch:
+    """Finds every query's k best rows by comparing it with all of them, block by block.
 
     Rows with a NaN or an infinite number are never returned, nor are zero rows under cosine. Of
     equal scores the lower position comes first. The answer does not depend on how rows are cut
@@ -35,39 +54,49 @@ def exact_search(
 
     Args:
         queries: Shape (q, d), finite; not zero under cosine.
-        blocks: Pairs of a first position and that row and its successors, shape (b, d), with
-            positions ascending.
         k: Rows wanted for each query, at least 1.
         metric: How queries and rows are compared.
         skip: Shape (n,); rows that are left out of the answer.
 
-    Returns:
-        Positions and scores, each of shape (q, k): -1 and -inf where there are fewer rows.
-
     Raises:
-        ValueError: `k` is below 1, or blocks are out of order.
+        ValueError: `k` is below 1.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, not {k}")
-    parts = [_Best(queries[i : i + _QUERIES], k, metric) for i in range(0, len(queries), _QUERIES)]
-    expected = 0
-    for start, vectors in blocks:
-        if start < expected:
-            raise ValueError(f"block at {start} begins before {expected}")
-        expected = start + len(vectors)
+
+    def __init__(self, queries: Vectors, k: int, metric: Metric, skip: Mask | None = None) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        self._k, self._metric, self._skip = k, metric, skip
+        self._parts = [
+            _Best(queries[i : i + _QUERIES], k, metric) for i in range(0, len(queries), _QUERIES)
+        ]
+        self._expected = 0
+
+    def add(self, start: int, vectors: Vectors) -> None:
+        """Compare with the row at position `start` and its successors, shape (b, d).
+
+        Raises:
+            ValueError: Positions do not ascend.
+        """
+        if start < self._expected:
+            raise ValueError(f"block at {start} begins before {self._expected}")
+        self._expected = start + len(vectors)
         size = max(1, _ELEMENTS // max(1, vectors.shape[1]))
         for i in range(0, len(vectors), size):
-            rows = _Rows(vectors[i : i + size], start + i, metric, skip)
-            for part in parts:
+            rows = _Rows(vectors[i : i + size], start + i, self._metric, self._skip)
+            for part in self._parts:
                 part.add(rows)
-    for part in parts:
-        part.merge()
-    return Neighbors(
-        ids=np.concatenate([np.empty((0, k), np.int64), *(p.positions for p in parts)]),
-        scores=np.concatenate(
-            [np.empty((0, k), np.float32), *(p.scores.astype(np.float32) for p in parts)]
-        ),
-    )
+
+    def found(self) -> Neighbors:
+        """Return positions and scores, each of shape (q, k): -1 and -inf where rows are fewer."""
+        for part in self._parts:
+            part.merge()
+        none = np.empty((0, self._k))
+        return Neighbors(
+            ids=np.concatenate([none.astype(np.int64), *(p.positions for p in self._parts)]),
+            scores=np.concatenate(
+                [none.astype(np.float32), *(p.scores.astype(np.float32) for p in self._parts)]
+            ),
+        )
 
 
 def pair_scores(queries: Floats, rows: Floats, metric: Metric) -> Scores:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
 from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal
-from simskip_vdb.outgoing import Refine, Written, refined_at
+from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
 from simskip_vdb.store import RowStore
@@ -83,6 +84,7 @@ class Sending:
         self._lookup = read.lookup
         self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
+        self._digests: Digests = np.zeros(len(found.rows), np.uint64)
         self._rounding = store.info().rounding
         self._settled = settled
         self.moved = 0
@@ -102,23 +104,28 @@ class Sending:
     def send(self) -> None:
         """Write every row that does not hold its refined vector yet."""
         found, total = self._found, len(self._found.rows)
-        for start, block in found.rows.blocks():
-            part = slice(start, start + len(block))
-            refined = self._refine(start, block)
-            self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
-            due = np.isfinite(refined).all(axis=1)
-            if self._target.mode != NEW_VECTOR:
-                due &= ~self._settled[part] & (row_digests(refined) != found.digests[part])
-            elif self._target.filled:
-                due &= ~self._beside(found.rows.ids[part], refined)
-            self._due[part] = due
-            if due.any():
-                batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
-                first = not self._sent.any()
-                self._sent[np.flatnonzero(due) + start] = self._store.update(batch, self._unchanged)
-                if first and self._sent.any():
-                    self._check_first(part, batch)
-            self._progress("write", part.stop, total)
+        with closing(refined_blocks(found.rows, self._refine)) as blocks:
+            for start, block, refined in blocks:
+                self._send_block(start, block, refined)
+                self._progress("write", start + len(block), total)
+
+    def _send_block(self, start: int, block: Vectors, refined: Vectors) -> None:
+        found = self._found
+        part = slice(start, start + len(block))
+        self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
+        due = np.isfinite(refined).all(axis=1)
+        self._digests[part] = row_digests(refined)
+        if self._target.mode != NEW_VECTOR:
+            due &= ~self._settled[part] & (self._digests[part] != found.digests[part])
+        elif self._target.filled:
+            due &= ~self._beside(found.rows.ids[part], refined)
+        self._due[part] = due
+        if due.any():
+            batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
+            first = not self._sent.any()
+            self._sent[np.flatnonzero(due) + start] = self._store.update(batch, self._unchanged)
+            if first and self._sent.any():
+                self._check_first(part, batch)
 
     def _beside(self, ids: Ids, refined: Vectors) -> Mask:
         """Tell which rows have these vectors beside their own already."""
@@ -166,12 +173,17 @@ class Sending:
             places = self._lookup.find(batch.ids)
             known = np.flatnonzero(places >= 0)
             at = places[known]
+            found = row_digests(batch.vectors)
             ours = np.zeros(len(batch), np.bool_)
-            ours[known] = near(
-                batch.vectors[known], refined_at(rows, self._refine, at), self._rounding
+            ours[known] = found[known] == self._digests[at]
+            other = known[~ours[known]]
+            ours[other] = near(
+                batch.vectors[other],
+                refined_at(rows, self._refine, places[other]),
+                self._rounding,
             )
             ids.append(batch.ids)
-            digests.append(row_digests(batch.vectors))
+            digests.append(found)
             mine.append(ours)
             seen[at] = True
             missed = known[~ours[known]]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -14,23 +13,27 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError, DataError, FitError, MissingDependencyError
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.threads import torch_threads, wait_asleep
 
 try:
+    wait_asleep()
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
 except ImportError as error:
     raise MissingDependencyError("torch", "fit") from error
 
+from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, projector
+from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates
+from simskip_vdb.plans import Plan as Plan
 from simskip_vdb.sampling import Problem as Problem
 from simskip_vdb.sampling import Sampler, Step
+from simskip_vdb.working_set import working_set
 
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
-
-GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)  # candidates for alpha = beta, the identity first
 
 MIN_STEPS = 60
 EPOCHS = 40  # few anchors would be learnt by heart in more
@@ -44,90 +47,56 @@ NOISE = 0.02
 VIEW_TEMPERATURE = 0.1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """How far a refiner moves, chosen before: no look at validation is needed."""
-
-    alpha: float
-    beta: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """A candidate and what validation said of it."""
-
-    plan: Plan
-    score: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fitted:
-    """A fitted refiner and how it was chosen.
-
-    Attributes:
-        whole: Moves by all of f and the offsets; `moved` makes candidates of it.
-        plan: What was chosen or given; the identity where nothing beat it.
-        trials: Candidates of `GRID` in its order; empty where a plan was given.
-        signal: What it learnt from.
-    """
-
-    whole: Refiner
-    plan: Plan
-    trials: tuple[Trial, ...]
-    signal: Signal
-
-    @property
-    def refiner(self) -> Refiner:
-        """The refiner that moves as planned."""
-        return moved(self.whole, self.plan)
-
-
 def fit_refiner(
     problem: Problem,
     settings: FitSettings,
-    validate: Callable[[Refiner], float],
+    validate: Callable[[Sequence[Refiner]], Sequence[float]],
     *,
     progress: Progress = lambda done, total, stage: None,
     plan: Plan | None = None,
+    checkpoint: Path | None = None,
 ) -> Fitted:
     """Fit a refiner and choose how far it moves.
 
     Args:
         problem: Rows, judgments and groups.
         settings: How to fit.
-        validate: Score of a refiner on validation queries, higher is better.
+        validate: Scores of refiners of the same f on validation queries, higher is better.
         progress: Called after every step.
         plan: Choices of an earlier fit; `validate` is then not called.
+        checkpoint: File of this fit alone, by which it goes on after an interruption.
 
     Raises:
         DataError: The signal has no positives, or there are fewer than two usable rows.
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
-    with _few_threads():
-        whole = _train(problem, settings, signal, progress)
+    with torch_threads():
+        whole = _train(problem, settings, signal, progress, checkpoint)
+    fitted = Fitted(whole=whole, plan=plan or IDENTITY, trials=(), signal=signal)
     if plan is not None:
-        return Fitted(whole=whole, plan=plan, trials=(), signal=signal)
-    plans = [Plan(alpha=weight, beta=weight) for weight in GRID]
-    trials = tuple(Trial(plan=plan, score=validate(moved(whole, plan))) for plan in plans)
+        return fitted
+    plans = candidates(signal)
+    scores = validate([fitted.moved(plan) for plan in plans])
+    trials = tuple(Trial(plan=p, score=score) for p, score in zip(plans, scores, strict=True))
     best = max(trials, key=lambda trial: trial.score)  # the first of equals: the smallest move
-    return Fitted(whole=whole, plan=best.plan, trials=trials, signal=signal)
+    return replace(fitted, plan=best.plan, trials=trials)
 
 
-def moved(whole: Refiner, plan: Plan) -> Refiner:
-    """Return the refiner that moves as far as planned, without the parts that it does not use."""
-    used, beta = whole, plan.beta
-    if beta == 0 or not len(used.offset_ids):
-        used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
-    return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
-
-
-def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Progress) -> Refiner:
-    dim = problem.vectors.shape[1]
-    usable = np.flatnonzero(problem.usable)
-    if len(usable) < 2:
-        raise DataError(f"{len(usable)} rows can be used; a fit needs at least 2")
-    device = _device(settings.device)
+def _train(
+    problem: Problem,
+    settings: FitSettings,
+    signal: Signal,
+    progress: Progress,
+    checkpoint: Path | None,
+) -> Refiner:
+    count = np.count_nonzero(problem.usable)
+    if count < 2:
+        raise DataError(f"{count} rows can be used; a fit needs at least 2")
+    device = device_of(settings.device)
+    kind = torch.device(device).type
+    problem = working_set(problem, signal, replace(settings, device=device))
+    usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
     rng = np.random.default_rng(settings.seed)
     sampler = None
     anchors, offset_rows = usable, usable[:0]
@@ -148,7 +117,10 @@ def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Pr
         nn.init.zeros_(offsets.weight)
         dense = torch.optim.AdamW([*f.parameters(), *project.parameters()], weight_decay=1e-4)
         sparse = torch.optim.SparseAdam(offsets.parameters())
-        for step in range(1, total + 1):
+        parts = {"f": f, "project": project, "offsets": offsets, "dense": dense, "sparse": sparse}
+        kept = Checkpoint(checkpoint, parts, rng)
+        done, order = kept.restore(order)
+        for step in range(done + 1, total + 1):
             for group in (*dense.param_groups, *sparse.param_groups):
                 group["lr"] = (
                     settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
@@ -162,7 +134,9 @@ def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Pr
                 one, two = _view(x), _view(x)  # (b, d)
                 loss = nt_xent(project(one + f(one)), project(two + f(two)), VIEW_TEMPERATURE)
             else:
-                loss = _contrast(sampler.step(batch), f, offsets, settings.side)
+                drawn = sampler.step(batch)
+                with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+                    loss = _contrast(drawn, f, offsets, settings.side)
             if not torch.isfinite(loss):
                 raise FitError(
                     f"the loss is {loss.item()} at step {step} of {total}; lower the learning "
@@ -173,6 +147,7 @@ def _train(problem: Problem, settings: FitSettings, signal: Signal, progress: Pr
             loss.backward()  # type: ignore[no-untyped-call]
             dense.step()
             sparse.step()  # type: ignore[no-untyped-call]
+            kept.save(step, order, last=step == total)
             progress(step, total, "fit")
 
     ids = problem.ids[offset_rows]
@@ -200,27 +175,12 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         moves = f(raw)
     refined = F.normalize(raw + moves + offsets(step.slots), dim=1)
     keys = torch.where(step.left_raw[:, None], raw, refined)
-    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.ignore)
+    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.own)
     if len(step.pseudo):
         # Queries near rows without judgments must go on finding what they found.
         student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
-
-
-@contextmanager
-def _few_threads() -> Iterator[None]:
-    """Use half the cores while torch works.
-
-    Threads of its pool spin while they wait for each other: on two cores beside another busy
-    process, two threads took fifteen times as long as one.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _view(x: Tensor) -> Tensor:
@@ -240,7 +200,12 @@ def _signal(problem: Problem, settings: FitSettings) -> Signal:
     return Signal.NEIGHBOURS if problem.groups is None else Signal.GROUPS
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """Return the device that a setting stands for.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():

@@ -117,8 +117,9 @@ def prune(
 ) -> dict[str, Any]:
     """Remove from the state what is needed neither to go on nor to undo.
 
-    These are refiners that were fitted and not written. With `final` the old index file goes as
-    well: `rollback` then restores rows from their originals, which stay, instead of the very file.
+    These are refiners that were fitted and not written, and checkpoints of interrupted fits. With
+    `final` the old index file goes as well: `rollback` then restores rows from their originals,
+    which stay, instead of the very file.
 
     Args:
         store: The index.
@@ -153,6 +154,9 @@ def prune(
         for path in unused:
             shutil.rmtree(path)
         removed = [f"refiners/{path.name}" for path in unused]
+        if journal.fits.is_dir():
+            shutil.rmtree(journal.fits)
+            removed.append(journal.fits.name)
         if final and isinstance(store, FileBacked):
             removed += journal.forget_kept()
         if runs is not None:

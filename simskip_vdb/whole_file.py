@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,11 +83,6 @@ def write(
         StoreError: Writing failed; nothing was swapped.
     """
     before = found.sha256
-    if store.sha256() != before:  # by its bytes: clocks are set back, and files are restored
-        raise StoreChangedError(
-            f"{store.info().uri}: somebody else wrote to it since it was read; it was left as it "
-            "is. Run the command again"
-        )
     current = journal.manifest.current
     if current is None:
         kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
@@ -109,24 +105,37 @@ def write(
             )
         )
 
-    def check(candidate: VectorStore) -> None:
-        digests = outgoing.verify(candidate)
-        accept(candidate)
-        announce(_file(candidate).sha256(), digests)
+    def unchanged(now: str) -> None:
+        if now != before:  # by its bytes: clocks are set back, and files are restored
+            raise StoreChangedError(
+                f"{store.info().uri}: somebody else wrote to it since it was read; it was left as "
+                "it is. Run the command again"
+            )
 
     if current is not None and current.refiner == refiner.id and _all_there(found, refine):
         # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
+        unchanged(store.sha256())
         accept(store)
         announce(before, found.digests)
         journal.settle(happened=True)
         return Written(rows=0, skipped=len(rows), mode="in-place")
     keep = journal.folder / kept.name if current is None and kept is not None else None
-    try:
-        store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
-    except Exception:
-        if store.sha256() == before:
-            journal.settle(happened=False)
-        raise
+    with ThreadPoolExecutor(1) as pool:
+        now = pool.submit(store.sha256)
+
+        def check(candidate: VectorStore) -> None:
+            unchanged(now.result())
+            fingerprint = pool.submit(_file(candidate).sha256)
+            digests = outgoing.verify(candidate)
+            accept(candidate)
+            announce(fingerprint.result(), digests)
+
+        try:
+            store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
+        except Exception:
+            if store.sha256() == before:
+                journal.settle(happened=False)
+            raise
     journal.settle(happened=True)
     return _outcome(outgoing, rows, "in-place")
 

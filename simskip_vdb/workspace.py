@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,6 +37,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
+from simskip_vdb.search import ExactSearch
 from simskip_vdb.store import Marked, RowWritable, VectorStore
 from simskip_vdb.targets import holding
 
@@ -50,7 +52,8 @@ class Settings:
     Attributes:
         fit: How to fit.
         measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
-        growing: Whether rows keep arriving, so that unfairness to late rows refuses.
+        growing: Whether rows keep arriving, so that the fit prefers what is fair to late rows, and
+            unfairness to them refuses.
         executor: ``local``, or ``ray``: who reads and writes the rows.
         mode: Where rows of a collection are written: ``in-place``, ``new-vector`` or
             ``new-collection``.
@@ -92,6 +95,7 @@ class Workspace:
         held_by: The store whose rows are what the application finds now.
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
+        checkpoint: Returns the file by which the next fit goes on after an interruption.
         progress: Called with (stage, done, total).
         crew: Who reads and writes the partitions; None where all is done here.
     """
@@ -123,6 +127,7 @@ class Workspace:
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
         self.seconds: dict[str, float] = {}
+        self.checkpoint: Callable[[], Path | None] = lambda: None
 
     @property
     def measure(self) -> str:
@@ -139,16 +144,33 @@ class Workspace:
             self.seconds[stage] = self.seconds.get(stage, 0) + time.perf_counter() - start
 
     def refined(
-        self, refiner: Refiner, start: int, block: Vectors, late: Mask | None = None
+        self,
+        refiner: Refiner,
+        start: int,
+        block: Vectors,
+        late: Mask | None = None,
+        f: Vectors | None = None,
     ) -> Vectors:
         """Refine a block of originals whose first row is at position `start`."""
         part = slice(start, start + len(block))
-        return refiner.refine_rows(block, self.rows.ids[part], None if late is None else late[part])
+        late = None if late is None else late[part]
+        return refiner.refine_rows(block, self.rows.ids[part], late, f)
+
+    def placed(self, refiner: Refiner) -> Refiner:
+        """Return a refiner where the run computes; torch is not loaded only to look for a GPU."""
+        name = self.settings.fit.device
+        if name == "cpu" or (name == "auto" and "torch" not in sys.modules):
+            return refiner
+        from simskip_vdb.training import device_of
+
+        device = device_of(name)
+        return refiner if device == "cpu" else refiner.on(device)
 
     def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
         """Yield all rows refined."""
+        placed = self.placed(refiner)
         for start, block in self.rows.blocks():
-            yield start, self.refined(refiner, start, block, late)
+            yield start, self.refined(placed, start, block, late)
 
     def current_blocks(self) -> Blocks:
         """Yield all rows as the index holds them now."""
@@ -210,16 +232,26 @@ class Workspace:
             held |= self.held(Split.TEST)
         return held if held.any() else None
 
-    def validate(self, refiner: Refiner, late: Mask | None = None) -> float:
-        """Score a refiner on the validation queries by the chosen measure, higher is better."""
+    def validate(self, refiners: Sequence[Refiner], late: Mask | None = None) -> list[float]:
+        """Score refiners of the same f on the validation queries by the chosen measure.
+
+        Higher is better. The rows are read once, and go through f once.
+        """
         judged = self.judged.queries[Split.VALIDATION]
-        found = self.search(
-            refiner(judged.vectors),
-            self.refined_blocks(refiner, late),
-            depth(self.measures[:1], judged),
-            self.skipped(Split.VALIDATION),
-        )
-        return float(score(judged, found.ids, self.measures[:1])[self.measure].mean())
+        k, skip = depth(self.measures[:1], judged), self.skipped(Split.VALIDATION)
+        searches = [
+            ExactSearch(refiner(judged.vectors), k, self.info.metric, skip) for refiner in refiners
+        ]
+        placed = [self.placed(refiner) for refiner in refiners]
+        using_f = next((refiner for refiner in placed if refiner.layers), placed[0])
+        for start, block in self._watched(self.rows.blocks()):
+            f = using_f.f(block)
+            for refiner, search in zip(placed, searches, strict=True):
+                search.add(start, self.refined(refiner, start, block, late, f))
+        return [
+            float(score(judged, search.found().ids, self.measures[:1])[self.measure].mean())
+            for search in searches
+        ]
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""

@@ -78,10 +78,10 @@ def reindex(
         through.ann["before"] = resumed.summary["ann_recall"]
         summary = dict(resumed.summary)
 
-    late = space.late(refiner)
+    late, placed = space.late(refiner), space.placed(refiner)
 
     def refined(start: int, block: Vectors) -> Vectors:
-        return space.refined(refiner, start, block, late)
+        return space.refined(placed, start, block, late)
 
     def accept(candidate: VectorStore) -> None:
         through.accept(candidate)

@@ -23,6 +23,7 @@ from faiss_files import (
     write,
 )
 
+from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_open import faiss_call
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors
@@ -646,18 +647,18 @@ def test_a_change_that_hides_is_found_by_its_hash(make: Make) -> None:
     assert folder_of(path) == ["rows.faiss"]
 
 
-@pytest.mark.parametrize("step", ["replace", "fsync", "write_index"])
+@pytest.mark.parametrize("step", ["replace", "fsync", "write_index", "write_like"])
 def test_a_failing_disk_loses_nothing(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    path, keep = make(), tmp_path / "kept"
+    path, keep = make("hnsw" if step == "write_index" else "flat"), tmp_path / "kept"
     before = sha(path)
     store = FaissStore(path)
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(faiss if step == "write_index" else os, step, full)
+    monkeypatch.setattr({"write_index": faiss, "write_like": FlatFile}.get(step, os), step, full)
     with pytest.raises(StoreError, match=r"No space left"):
         store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
     monkeypatch.undo()

@@ -8,14 +8,14 @@ import pytest
 from judged import QUERIES, Case, make_case
 
 import simskip_vdb as ss
-from simskip_vdb import fitting
+from simskip_vdb import checkpoint, crossfit, fitting, gate, pipeline
 from simskip_vdb.config import Signal
 from simskip_vdb.datatypes import Split, silent
-from simskip_vdb.fitting import _chosen, _folds, fit_or_recall
+from simskip_vdb.fitting import _folds, _ranked, fit_or_recall
 from simskip_vdb.judgments import JudgmentFiles
 from simskip_vdb.measuring import learnt_from, measure
+from simskip_vdb.plans import Fitted, Plan, Trial
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.training import Fitted, Plan, Trial
 from simskip_vdb.workspace import Workspace, open_workspace
 
 
@@ -42,10 +42,54 @@ def with_dev(case: Case, folder: Path) -> JudgmentFiles:
     )
 
 
-def fitted(files: JudgmentFiles, case: Case, state: Path) -> tuple[Workspace, Refiner]:
+def fitted(
+    files: JudgmentFiles, case: Case, state: Path, *, growing: bool = False
+) -> tuple[Workspace, Refiner]:
     store, judgments = ss.open_store(str(case.index)), ss.read_judgments(files)
-    with open_workspace(store, judgments, ss.Settings(state=state), silent) as space:
+    settings = ss.Settings(state=state, growing=growing)
+    with open_workspace(store, judgments, settings, silent) as space:
         return space, fit_or_recall(space, silent)
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a fit."""
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_an_interrupted_run_of_fits_goes_on_where_it_was(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    monkeypatch.setattr(crossfit, "BELOW", QUERIES + 1 if few else 0)
+    monkeypatch.setattr(gate, "MIN_QUERIES", 1)
+    judgments = ss.read_judgments(case.files)
+
+    def run(state: str, stop: int | None = None) -> tuple[str, list[tuple[str, int]]]:
+        seen: list[tuple[str, int]] = []
+
+        def watch(stage: str, done: int, total: int) -> None:
+            if stage not in ("read", "search"):
+                seen.append((stage, done))
+            if len(seen) == stop:
+                raise Killed
+
+        settings = ss.Settings(state=tmp_path / state)
+        with open_workspace(ss.open_store(str(case.index)), judgments, settings, watch) as space:
+            fits = space.journal.fits
+            try:
+                refiner, _ = pipeline.fitted(space, watch)
+            except Killed:
+                assert list(fits.iterdir())
+                return "", seen
+            assert not fits.exists()
+            return refiner.id, seen
+
+    whole, steps = run("whole")
+    stop = 2 * len(steps) // 3
+    assert run("killed", stop)[1] == steps[:stop]
+    resumed, rest = run("killed")
+    assert resumed == whole
+    assert rest == steps[stop:]  # neither is a step taken again nor left out
 
 
 def test_drawn_validation_queries_are_learnt_from_once_they_have_chosen(
@@ -115,11 +159,38 @@ def test_the_choice_weighs_folds_by_their_queries() -> None:
 
     def fit(*scores: float) -> Fitted:
         trials = tuple(Trial(plan=p, score=s) for p, s in zip(plans, scores, strict=True))
-        return Fitted(whole=Refiner.identity(2), plan=plans[0], trials=trials, signal=Signal.JUDGED)
+        return Fitted(
+            whole=Refiner.identity(2),
+            plan=plans[0],
+            trials=trials,
+            signal=Signal.JUDGED,
+        )
 
-    plan, choice = _chosen([fit(0.2, 0.6, 0.2), fit(0.2, 0.3, 0.5)], [10, 30])
-    assert plan == plans[2]
-    assert choice["best"] == pytest.approx((0.2 * 10 + 0.5 * 30) / 40)
-    assert choice["identity"] == pytest.approx(0.2)
-    assert choice["queries"] == 40
-    assert _chosen([fit(0.3, 0.3, 0.3)], [5])[0] == plans[0]
+    ranked = _ranked([fit(0.2, 0.6, 0.2), fit(0.2, 0.3, 0.5)], [10, 30])
+    assert [trial.plan for trial in ranked] == [plans[2], plans[1], plans[0]]
+    assert ranked[0].score == pytest.approx((0.2 * 10 + 0.5 * 30) / 40)
+    assert [trial.plan for trial in _ranked([fit(0.3, 0.3, 0.3)], [5])] == plans
+
+
+def test_a_growing_index_gets_the_best_refiner_that_is_fair_to_late_rows(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "FAIR_LATE_ROWS", (0.9, 1.1))  # the best refiner is outside
+    best, fair = (
+        fitted(case.files, case, tmp_path, growing=growing)[1].info for growing in (False, True)
+    )
+    assert not best["late_rows"]["fair"]
+    assert fair["late_rows"]["fair"]
+    gains = [info["choice"]["best"] - info["choice"]["identity"] for info in (fair, best)]
+    assert 0.8 * gains[1] < gains[0] < gains[1]
+
+
+def test_a_growing_index_without_a_fair_refiner_gets_the_best(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "FAIR_LATE_ROWS", (5.0, 6.0))
+    best, unfair = (
+        fitted(case.files, case, tmp_path, growing=growing)[1] for growing in (False, True)
+    )
+    assert unfair.id == best.id
+    assert not unfair.info["late_rows"]["fair"]

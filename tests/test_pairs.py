@@ -127,8 +127,7 @@ def test_equal_vectors_still_have_neighbours_other_than_themselves() -> None:
 def test_nearest_equals_a_full_sort(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(pairs_module, "ROW_BLOCK", block)
-    monkeypatch.setattr(pairs_module, "QUERY_BLOCK", block)
+    monkeypatch.setitem(pairs_module.SEARCHED, "cpu", (block, block))
     vectors, queries = 5 * vectors_of(rng, 25), vectors_of(rng, 8)
     rows = np.flatnonzero(rng.random(25) < 0.7)
     unit = vectors[rows] / np.linalg.norm(vectors[rows], axis=1, keepdims=True)

@@ -48,6 +48,7 @@ def cluster() -> Iterator[str]:
     here = os.pathsep.join([str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split()])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # a busy machine would starve them
         patch.setenv("PYTHONPATH", here)  # of the workers
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         yield ray.get_runtime_context().gcs_address

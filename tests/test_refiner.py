@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import safetensors.numpy
 from builders import random_refiner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
 
-from simskip_vdb import refiner as refiner_module
+from simskip_vdb import moving
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.refiner import LateRule, Refiner
@@ -69,7 +71,7 @@ def test_block_size_does_not_matter(
     refiner: Refiner, rows: Vectors, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     whole = refiner.refine_rows(rows, IDS)
-    monkeypatch.setattr(refiner_module, "BLOCK_ROWS", block)
+    monkeypatch.setattr(moving, "PIECE", block)
     unit = np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(refiner.refine_rows(rows, IDS) / unit, whole / unit, atol=1e-6)
 
@@ -301,3 +303,32 @@ def test_saving_again_where_nothing_fits_leaves_what_was_saved(tmp_path: Path) -
     assert done.returncode != 0
     assert "StoreError" in done.stderr
     assert Refiner.load(tmp_path / "r").id == made.id
+
+
+def test_blocks_cut_at_pieces_give_the_same_bits(refiner: Refiner) -> None:
+    rows = np.random.default_rng(5).normal(size=(3 * moving.PIECE + 7, DIM)).astype(np.float32)
+    ids = np.arange(len(rows))
+    whole = refiner.refine_rows(rows, ids)
+    cut = [moving.PIECE, 2 * moving.PIECE]
+    parts = zip(np.split(rows, cut), np.split(ids, cut), strict=True)
+    assert np.concatenate([refiner.refine_rows(*part) for part in parts]).tobytes() == (
+        whole.tobytes()
+    )
+
+
+def test_threads_of_blas_are_as_before(refiner: Refiner, rows: Vectors) -> None:
+    before = [pool["num_threads"] for pool in threadpool_info()]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: refiner.refine_rows(rows, IDS), range(40)))
+    assert [pool["num_threads"] for pool in threadpool_info()] == before
+    assert all(each.tobytes() == found[0].tobytes() for each in found)
+
+
+def test_offsets_alone_leave_other_rows_bit_for_bit(rows: Vectors) -> None:
+    offsets = np.full((1, DIM), 0.5, np.float32)
+    alone = Refiner(
+        dim=DIM, side=Side.DOCS, metric=Metric.DOT, beta=1.0, offset_ids=IDS[:1], offsets=offsets
+    )
+    found = alone.refine_rows(rows, IDS)
+    assert (found[0] != rows[0]).any()
+    assert found[1:].tobytes() == rows[1:].tobytes()

@@ -2,22 +2,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from simskip_vdb import sampling, training
+from simskip_vdb import checkpoint, residence, sampling, training
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Metric, Side, Vectors
 from simskip_vdb.errors import DataError, FitError
 from simskip_vdb.model import Residual
+from simskip_vdb.plans import candidates
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.sampling import Sampler
-from simskip_vdb.training import GRID, Plan, Problem, fit_refiner
+from simskip_vdb.training import Plan, Problem, fit_refiner
 
 ROWS, QUERIES, DIM, GROUPS = 240, 120, 16, 8
 QUICK = FitSettings(steps=30, batch_size=64)
@@ -77,7 +79,15 @@ def precision(problem: Problem, held: JudgedQueries) -> Callable[[Refiner], floa
     return validate
 
 
-def never(refiner: Refiner) -> float:
+def each(validate: Callable[[Refiner], float]) -> Callable[[Sequence[Refiner]], list[float]]:
+    return lambda refiners: [validate(refiner) for refiner in refiners]
+
+
+def nothing(refiners: Sequence[Refiner]) -> list[float]:
+    return [0.0] * len(refiners)
+
+
+def never(refiners: Sequence[Refiner]) -> list[float]:
     raise AssertionError("a plan leaves nothing to choose")
 
 
@@ -85,7 +95,7 @@ def never(refiner: Refiner) -> float:
 def test_judged_queries_lift_queries_that_were_not_seen(problem: Problem, side: Side) -> None:
     fit, held = split(problem)
     validate = precision(fit, held)
-    fitted = fit_refiner(fit, replace(QUICK, side=side, steps=60), validate)
+    fitted = fit_refiner(fit, replace(QUICK, side=side, steps=60), each(validate))
     before, after = validate(Refiner.identity(DIM)), validate(fitted.refiner)
     assert fitted.signal is Signal.JUDGED
     assert after > before + 0.1
@@ -108,7 +118,7 @@ def test_groups_lift_precision() -> None:
         top = np.argsort(-scores, axis=1)[:, :10]
         return float((groups[top] == groups[held][:, None]).mean())
 
-    fitted = fit_refiner(fit, QUICK, validate)
+    fitted = fit_refiner(fit, QUICK, each(validate))
     assert fitted.signal is Signal.GROUPS
     assert validate(fitted.refiner) > validate(Refiner.identity(DIM)) + 0.02
     assert not np.isin(problem.ids[held], fitted.refiner.offset_ids).any()
@@ -126,13 +136,13 @@ def test_label_free_signals_move_rows_by_f_alone(problem: Problem, signal: Signa
 
 def test_an_odd_row_at_the_end_of_an_epoch_is_no_batch_of_its_own(problem: Problem) -> None:
     settings = replace(QUICK, steps=3, batch_size=ROWS - 1, signal=Signal.AUGMENT)
-    fitted = fit_refiner(problem, settings, lambda refiner: 0.0)
+    fitted = fit_refiner(problem, settings, nothing)
     assert fitted.refiner.is_identity
 
 
 def test_auto_without_queries_or_groups_takes_neighbours(problem: Problem) -> None:
     alone = replace(problem, queries=None, groups=None)
-    fitted = fit_refiner(alone, replace(QUICK, steps=2), lambda refiner: 0.0)
+    fitted = fit_refiner(alone, replace(QUICK, steps=2), nothing)
     assert fitted.signal is Signal.NEIGHBOURS
 
 
@@ -140,17 +150,17 @@ def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
     def validate(refiner: Refiner) -> float:
         return 0.5 if refiner.is_identity else 0.5 - refiner.alpha
 
-    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), each(validate))
     assert fitted.refiner.is_identity
     assert fitted.plan.alpha == fitted.plan.beta == 0
-    assert [trial.plan.alpha for trial in fitted.trials] == list(GRID)
+    assert [trial.plan for trial in fitted.trials] == candidates(Signal.JUDGED)
 
 
 def test_f_and_offsets_move_by_the_weight_that_validates_best(problem: Problem) -> None:
     def validate(refiner: Refiner) -> float:
         return -abs(refiner.alpha - 0.75) - abs(refiner.beta - 0.75)
 
-    fitted = fit_refiner(problem, replace(QUICK, steps=2), validate)
+    fitted = fit_refiner(problem, replace(QUICK, steps=2), each(validate))
     assert (fitted.refiner.alpha, fitted.refiner.beta) == (0.75, 0.75)
     assert fitted.refiner.layers
     assert len(fitted.refiner.offset_ids)
@@ -183,7 +193,7 @@ def test_same_seed_same_refiner(problem: Problem) -> None:
 
 def test_plan_repeats_the_choices_of_a_fit(problem: Problem) -> None:
     fit, held = split(problem)
-    fitted = fit_refiner(fit, QUICK, precision(fit, held))
+    fitted = fit_refiner(fit, QUICK, each(precision(fit, held)))
     again = fit_refiner(fit, QUICK, never, plan=fitted.plan)
     assert again.refiner.id == fitted.refiner.id
     assert again.trials == ()
@@ -244,7 +254,7 @@ def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) ->
     rng = np.random.default_rng(0)
     settings = replace(QUICK, raw_share=0.0)
     step = Sampler(one, Signal.JUDGED, settings, rng, "cpu").step(np.arange(20))
-    scores = step.compare(step.queries, step.raw).numpy() * step.temperature
+    scores = step.compare(step.queries, step.raw).scores(slice(None)).numpy() * step.temperature
     q, x = queries.vectors[:20], problem.vectors
     norms = np.linalg.norm(x, axis=1)
     size = norms.mean()
@@ -263,7 +273,7 @@ def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) ->
 def test_other_metrics_fit_too(problem: Problem, metric: Metric) -> None:
     fit, held = split(replace(problem, metric=metric))
     validate = precision(fit, held)
-    refiner = fit_refiner(fit, QUICK, validate).refiner
+    refiner = fit_refiner(fit, QUICK, each(validate)).refiner
     assert validate(refiner) > validate(Refiner.identity(DIM)) + 0.1
 
 
@@ -287,9 +297,7 @@ def test_anchors_that_are_rows_ignore_themselves(problem: Problem) -> None:
     sampler = Sampler(problem, Signal.GROUPS, QUICK, np.random.default_rng(0), "cpu")
     batch = np.array([5, 9])
     step = sampler.step(batch)
-    anchor, column = step.ignore.nonzero(as_tuple=True)
-    assert anchor.tolist() == [0, 1]
-    assert column.tolist() == batch.tolist()
+    assert step.own.tolist() == batch.tolist()  # every row is a column
     assert step.weights[step.pairs[0] == 0].sum().item() == pytest.approx(1)
 
 
@@ -371,20 +379,20 @@ def test_a_loss_that_is_not_finite_stops(problem: Problem) -> None:
     vectors: NDArray[np.float32] = problem.vectors.copy()
     vectors[0, 0] = np.nan
     with pytest.raises(FitError, match="the loss is nan at step 1"):
-        fit_refiner(replace(problem, vectors=vectors), QUICK, lambda refiner: 0.0)
+        fit_refiner(replace(problem, vectors=vectors), QUICK, nothing)
 
 
 @pytest.mark.parametrize("signal", [Signal.JUDGED, Signal.GROUPS])
 def test_a_signal_that_is_not_there_is_refused(problem: Problem, signal: Signal) -> None:
     alone = replace(problem, queries=None, groups=None)
     with pytest.raises(DataError, match="there are none"):
-        fit_refiner(alone, replace(QUICK, signal=signal), lambda refiner: 0.0)
+        fit_refiner(alone, replace(QUICK, signal=signal), nothing)
 
 
 def test_one_usable_row_is_refused(problem: Problem) -> None:
     usable = np.arange(ROWS) == 4
     with pytest.raises(DataError, match="1 rows can be used"):
-        fit_refiner(replace(problem, usable=usable), QUICK, lambda refiner: 0.0)
+        fit_refiner(replace(problem, usable=usable), QUICK, nothing)
 
 
 def test_missing_torch_names_the_extra() -> None:
@@ -399,5 +407,63 @@ def test_missing_torch_names_the_extra() -> None:
 
 
 def test_auto_device_is_one_that_exists() -> None:
-    assert training._device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert training._device("cpu") == "cpu"
+    assert training.device_of("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert training.device_of("cpu") == "cpu"
+
+
+class Killed(Exception):
+    """Stands for a process that ends in the middle of a fit."""
+
+
+@pytest.mark.parametrize("signal", list(Signal))
+def test_an_interrupted_fit_goes_on_to_the_same_bits(
+    problem: Problem, signal: Signal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    settings, plan = replace(QUICK, signal=signal), Plan(alpha=1.0, beta=1.0)
+    steps: list[int] = []
+
+    def kill(done: int, total: int, stage: str) -> None:
+        if done == 17:
+            raise Killed
+
+    whole = fit_refiner(problem, settings, never, plan=plan).refiner
+    with pytest.raises(Killed):
+        fit_refiner(problem, settings, never, plan=plan, progress=kill, checkpoint=tmp_path / "fit")
+    resumed = fit_refiner(
+        problem,
+        settings,
+        never,
+        plan=plan,
+        progress=lambda done, total, stage: steps.append(done),
+        checkpoint=tmp_path / "fit",
+    ).refiner
+    assert steps[0] == 18
+    assert resumed.id == whole.id
+
+
+@pytest.mark.parametrize("damage", ["short", "noise", "version"])
+def test_a_checkpoint_that_is_of_no_use_is_passed_over(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    plan, file = Plan(alpha=1.0, beta=1.0), tmp_path / "fit"
+    settings = replace(QUICK, steps=4)
+    whole = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
+    content = file.read_bytes()
+    if damage == "version":
+        monkeypatch.setattr(torch, "__version__", "0")
+    else:
+        file.write_bytes(content[: len(content) // 2] if damage == "short" else b"noise" * 99)
+    again = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
+    assert again.id == whole.id
+
+
+def test_vectors_on_the_device_are_those_that_are_sent(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(alpha=1.0, beta=1.0)
+    sent = fit_refiner(problem, QUICK, never, plan=plan).refiner
+    monkeypatch.setattr(residence, "_free", lambda device: np.inf)
+    there = fit_refiner(problem, QUICK, never, plan=plan).refiner
+    assert sent.id == there.id

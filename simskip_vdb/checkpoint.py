@@ -1,0 +1,76 @@
+"""A fit that was interrupted goes on where it was: to the same bits, on the same CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from simskip_vdb.durable import write_durably
+
+SECONDS = 60.0
+"""Time between two checkpoints, which is the most that is lost."""
+
+
+class Checkpoint:
+    """A file that holds everything that the rest of a fit depends on.
+
+    Args:
+        path: The file, of this fit alone; None to keep nothing.
+        parts: Modules and optimisers by name.
+        rng: Source of the draws.
+    """
+
+    def __init__(
+        self, path: Path | None, parts: Mapping[str, Any], rng: np.random.Generator
+    ) -> None:
+        self._path = path
+        self._parts = parts
+        self._rng = rng
+        self._time = time.monotonic()
+
+    def restore(self, order: NDArray[np.int64]) -> tuple[int, NDArray[np.int64]]:
+        """Take up what was saved, and return the steps done and the anchors left, in their order.
+
+        Args:
+            order: The anchors of a fit that starts; returned with 0 where nothing usable was saved.
+        """
+        if self._path is None or not self._path.is_file():
+            return 0, order
+        try:
+            saved = torch.load(self._path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
+            return 0, order  # a damaged file costs the time of the steps again, nothing more
+        if saved["torch"] != torch.__version__:
+            return 0, order
+        for name, part in self._parts.items():
+            part.load_state_dict(saved["parts"][name])
+        self._rng.bit_generator.state = json.loads(saved["numpy_random"])
+        torch.set_rng_state(saved["torch_random"])
+        return saved["step"], saved["order"].numpy()
+
+    def save(self, step: int, order: NDArray[np.int64], *, last: bool) -> None:
+        """Save the state if it is time, or if this is the last step of a fit that took long."""
+        now = time.monotonic()
+        if self._path is None or now - self._time < SECONDS * (0.1 if last else 1):
+            return
+        self._time = now
+        state = {
+            "torch": str(torch.__version__),
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "numpy_random": json.dumps(self._rng.bit_generator.state),
+            "torch_random": torch.get_rng_state(),
+            "step": step,
+            "order": torch.as_tensor(order),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_durably(self._path, buffer.getbuffer())

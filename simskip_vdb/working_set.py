@@ -1,0 +1,88 @@
+"""What a fit needs of an index that is larger than memory, streamed out of it in order."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from simskip_vdb.config import FitSettings, Signal
+from simskip_vdb.datatypes import JudgedQueries, Positions
+from simskip_vdb.pairs import OnDisk, grouped_rows, judged_pairs, nearest
+from simskip_vdb.sampling import HARD_NEGATIVES, MAX_OFFSETS, Problem
+
+WORKING_SET = 2**18
+"""Rows that a fit draws from, beside those that judgments or groups point to."""
+
+
+def working_set(problem: Problem, signal: Signal, settings: FitSettings) -> Problem:
+    """Take into memory the rows that a fit draws from.
+
+    These are rows that judgments point to and their hard negatives, mined among all rows; rows of
+    groups, if not too many for offsets; and a seeded sample of `WORKING_SET` rows, which the steps
+    then draw in their own order. The index is read in order, once to mine and once to take.
+    Neighbours of rows are looked for within the sample.
+
+    Args:
+        problem: Its rows may be on disk.
+        signal: What the fit learns from.
+        settings: How to fit.
+
+    Returns:
+        The problem over the rows that were taken, which are all rows where they fit.
+
+    Raises:
+        DataError: The signal has no positives.
+    """
+    if problem.on_disk is None:
+        return problem
+    n = len(problem.ids)
+    if n <= WORKING_SET:
+        return replace(problem, vectors=problem.on_disk.take(np.arange(n)), on_disk=None)
+    usable = np.flatnonzero(problem.usable)
+    rng = np.random.default_rng(settings.seed)
+    size = min(WORKING_SET, len(usable))
+    wanted = [rng.choice(usable, size, replace=False, shuffle=False)]
+    pointed_to = _pointed_to(problem, problem.on_disk, signal, usable, settings.device)
+    offsets = len(pointed_to) <= MAX_OFFSETS
+    if offsets or signal is Signal.JUDGED:
+        wanted.append(pointed_to)
+    rows = np.unique(np.concatenate(wanted))
+    return replace(
+        problem,
+        vectors=problem.on_disk.take(rows),
+        ids=problem.ids[rows],
+        queries=None if problem.queries is None else _among(problem.queries, rows),
+        groups=None if problem.groups is None else problem.groups[rows],
+        usable=problem.usable[rows],
+        late=None if problem.late is None else problem.late[rows],
+        offsets=offsets,
+        on_disk=None,
+    )
+
+
+def _pointed_to(
+    problem: Problem, rows: OnDisk, signal: Signal, usable: Positions, device: str
+) -> Positions:
+    """Return the rows that would have an offset."""
+    if signal is Signal.JUDGED and problem.queries is not None:
+        pairs = judged_pairs(problem.queries, problem.usable)
+        asked = pairs.vectors[pairs.anchors]
+        hard = nearest(asked, rows, usable, k=HARD_NEGATIVES, device=device)
+        return np.union1d(pairs.rows_with_anchors(), hard)
+    if signal is Signal.GROUPS and problem.groups is not None:
+        return grouped_rows(problem.groups, problem.usable)
+    return usable[:0]
+
+
+def _among(queries: JudgedQueries, rows: Positions) -> JudgedQueries:
+    """Return queries with their judgments of some rows, by place among these."""
+    places = np.minimum(np.searchsorted(rows, queries.rows), len(rows) - 1)
+    kept = rows[places] == queries.rows
+    sizes = np.bincount(queries.query_of_judgment()[kept], minlength=len(queries))
+    return replace(
+        queries,
+        indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        rows=places[kept],
+        grades=queries.grades[kept],
+    )
