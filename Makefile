@@ -26,6 +26,7 @@ bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the
 	$(BIN)/python benchmarks/edge_refine.py
 	$(BIN)/python benchmarks/fortnight.py
 	$(BIN)/python benchmarks/crashes.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/crossfit.py
 	$(BIN)/python benchmarks/sets.py

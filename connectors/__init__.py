@@ -32,6 +32,7 @@ class _BuiltIn(NamedTuple):
 
 _BUILT_IN = {
     "faiss": _BuiltIn("simskip_vdb.connectors.faiss_store", "FaissStore", "faiss"),
+    "parquet": _BuiltIn("simskip_vdb.connectors.parquet_store", "ParquetStore", "eval"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),

@@ -21,7 +21,6 @@ from simskip_vdb.connectors.faiss_lists import (
     settle,
     switching,
 )
-from simskip_vdb.connectors.faiss_notes import refuse_part
 from simskip_vdb.connectors.faiss_open import (
     Trust,
     faiss_call,
@@ -31,6 +30,7 @@ from simskip_vdb.connectors.faiss_open import (
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
+from simskip_vdb.connectors.part_notes import refuse_part
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
@@ -278,6 +278,10 @@ class FaissStore:
             swap_in(temporary, self._path)
             self._open()
             confirm(self._path)
+
+    def reopen(self) -> None:
+        """Look at the file anew, which one of our own processes has written and checked."""
+        self._open(Trust.ALL)
 
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""

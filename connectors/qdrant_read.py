@@ -61,7 +61,7 @@ class Reader:
     def count(self) -> int:
         """Count the points that have the vector and pass the filter."""
         has_vector = models.HasVectorCondition(has_vector=self.layout.name)
-        wanted = _all_of(has_vector, self.chosen)
+        wanted = all_of(has_vector, self.chosen)
         return int(self.calls("count", count_filter=wanted, **self.request).count)
 
     def check_fields(self, fields: Sequence[str], indexed: frozenset[str]) -> None:
@@ -89,7 +89,7 @@ class Reader:
             return
 
         def scroll(start: Point | None, part: models.SliceCondition | None) -> Page:
-            return self.page(size, _all_of(self.chosen, part), start=start, fields=fields)
+            return self.page(size, all_of(self.chosen, part), start=start, fields=fields)
 
         if self.streams == 1:
             pages = read_pages(scroll, start_of(cursor))
@@ -125,7 +125,7 @@ class Reader:
                     **self.request,
                 )
             else:
-                wanted = _all_of(models.HasIdCondition(has_id=[*some]), self.chosen)
+                wanted = all_of(models.HasIdCondition(has_id=[*some]), self.chosen)
                 records += self.page(len(some), wanted, fields=fields).records
         return records
 
@@ -152,6 +152,7 @@ class Reader:
         )
 
 
-def _all_of(*conditions: models.Condition | None) -> models.Filter | None:
+def all_of(*conditions: models.Condition | None) -> models.Filter | None:
+    """Return a filter that is met where all of these are; None where there is none of them."""
     given = [condition for condition in conditions if condition is not None]
     return models.Filter(must=given) if given else None

@@ -29,7 +29,7 @@ from simskip_vdb.connectors.qdrant_open import (
     uri_of,
 )
 from simskip_vdb.connectors.qdrant_points import filter_text, label_of
-from simskip_vdb.connectors.qdrant_read import Reader
+from simskip_vdb.connectors.qdrant_read import Reader, all_of
 from simskip_vdb.connectors.qdrant_search import parse_params, to_neighbors
 from simskip_vdb.connectors.qdrant_update import Writer
 from simskip_vdb.connectors.rows import (
@@ -62,7 +62,7 @@ _STREAMS = 4
 _FIRST_ATTEMPTS = 3
 _SETTLE_SECONDS = 12 * 3600
 _POLL_SECONDS = 2.0
-_GUARD, _SLICES = (1, 16), (1, 19)
+_GUARD, SLICES = (1, 16), (1, 19)
 
 
 class QdrantRows:
@@ -108,6 +108,7 @@ class QdrantRows:
             StoreError: The server does not answer, or refuses.
         """
         self._local = is_local(client)
+        self._slice: models.SliceCondition | None = None
         self._client = client
         self._read_only, self._guard_field = read_only, guard_field
         self._delay, self._shard_key = batch_delay, shard_key
@@ -284,9 +285,9 @@ class QdrantRows:
             layout=self._layout,
             collection=self._collection,
             shard_key=self._shard_key,
-            chosen=self._filter,
+            chosen=all_of(self._filter, self._slice) if self._slice else self._filter,
             streams=self._streams,
-            slices=self._streams if self._version >= _SLICES else 1,
+            slices=self._streams if self._version >= SLICES and self._slice is None else 1,
             fill=fill,
         )
 

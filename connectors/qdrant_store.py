@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,19 @@ from simskip_vdb.connectors.qdrant_marker import (
 )
 from simskip_vdb.connectors.qdrant_open import open_address, state_of
 from simskip_vdb.connectors.qdrant_points import about, own_note, parse_filter
-from simskip_vdb.connectors.qdrant_rows import QdrantRows
+from simskip_vdb.connectors.qdrant_rows import SLICES, QdrantRows
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import ConfigError
+from simskip_vdb.store import Partition
 
 _METADATA, _NEW_VECTOR = (1, 16), (1, 18)
+_FEWEST_SLICES, _SLICE_ROWS = 4, 1_000_000
 
 
 class QdrantStore(QdrantRows):
     """A `QdrantRows` that carries a note, takes more vectors a row, and can be copied."""
+
+    _opened: tuple[str, str | Mapping[str, Any] | None, str | None] | None = None
 
     @classmethod
     def open(
@@ -51,7 +56,7 @@ class QdrantStore(QdrantRows):
         target = open_address(uri)
         text = filter or target.filter
         try:
-            return cls(
+            store = cls(
                 target.client,
                 target.collection,
                 target.vector,
@@ -61,9 +66,36 @@ class QdrantStore(QdrantRows):
                 batch_delay=target.batch_delay,
                 shard_key=target.shard_key,
             )
+            store._opened = None if store._local else (uri, filter, guard_field)
+            return store
         except BaseException:
             target.client.close()
             raise
+
+    def partitions(self) -> tuple[Partition, ...]:
+        """Return slices of the points by a hash of their ids; see `Partitioned.partitions`.
+
+        Raises:
+            ConfigError: It is no server, or one older than 1.19.
+        """
+        if self._opened is None:
+            raise ConfigError(
+                f"{self._uri}: only a server that was opened by its address can be shared out"
+            )
+        need_version(self._version, SLICES, "slices, which workers share out,", self._uri)
+        total = _FEWEST_SLICES
+        while total * _SLICE_ROWS < self.info().count:
+            total *= 2
+        return tuple(
+            Partition(
+                name=f"slice {index} of {total}",
+                open=partial(open_slice, *self._opened, index=index, total=total),
+            )
+            for index in range(total)
+        )
+
+    def reopen(self) -> None:
+        """Do nothing: a server shows what others wrote; see `Partitioned.reopen`."""
 
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined this vector; see `Marked.marker`."""
@@ -201,6 +233,33 @@ class QdrantStore(QdrantRows):
         )
         store._before_writing = store._make_reader(fill=fill)
         return store
+
+
+class QdrantSlice(QdrantStore):
+    """A slice of a server's points, which a worker reads and writes."""
+
+    def settle(self, progress: Progress) -> None:
+        """Do nothing: optimisers are waited for when all slices are written."""
+
+    def _take(self, index: int, total: int) -> QdrantSlice:
+        self._slice = models.SliceCondition(slice=models.Slice(total=total, index=index))
+        self._reader = self._before_writing = self._make_reader(fill=False)
+        self._multi = self._make_multi() if self._layout.multi else None
+        return self
+
+
+def open_slice(
+    uri: str,
+    filter: str | Mapping[str, Any] | None,  # noqa: A002 Qdrant's own word
+    guard_field: str | None,
+    *,
+    index: int,
+    total: int,
+) -> QdrantSlice:
+    """Open one of `total` slices of what an address leads to."""
+    store = QdrantSlice.open(uri, read_only=False, filter=filter, guard_field=guard_field)
+    assert isinstance(store, QdrantSlice)
+    return store._take(index, total)
 
 
 def _space(params: models.VectorParams) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simskip_vdb.datatypes import Cursor, Ids, Positions, VectorBatch, Vectors, id_names
+from simskip_vdb.datatypes import Cursor, Ids, Mask, Positions, VectorBatch, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError
 
 
@@ -53,6 +53,16 @@ class RowOrder:
         self._refuse(wanted[last == first], "is not in the store")
         self._refuse(wanted[last - first > 1], "occurs more than once")
         return self._by_id[first]
+
+    def known(self, ids: Ids) -> Mask:
+        """Tell which of these ids are in the store, shape (len(ids),)."""
+        wanted = np.asarray(ids)
+        text = self.ids.dtype.kind == "S"
+        if not len(self.ids) or text != (wanted.dtype.kind == "S"):
+            return np.zeros(len(wanted), np.bool_)
+        places = np.searchsorted(self.ids, wanted, sorter=self._by_id)
+        places = self._by_id[np.minimum(places, len(self.ids) - 1)]
+        return np.asarray(self.ids[places] == wanted)
 
     def changes(self, batches: Iterable[VectorBatch], dim: int) -> Iterator[Change]:
         """Check batches against the order of a scan and turn ids into positions.

@@ -51,9 +51,9 @@ def cli(verbose: bool) -> None:
     parameters. One command undoes it. Try `simskip demo`.
 
     INDEX is a URI: faiss:PATH, or a plain path to a FAISS file ('faiss:FOLDER/part*.faiss' for
-    several that are one index); qdrant://HOST:PORT/COLLECTION and qdrant+https://…;
-    qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME where vectors have
-    names.
+    several that are one index); parquet:PATH, a file or a folder; qdrant://HOST:PORT/COLLECTION and
+    qdrant+https://…; qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME
+    where vectors have names.
     """
     wait_asleep()
     logs.configure(logging.INFO if verbose else logging.WARNING)
@@ -194,6 +194,7 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
 )
 @shared.search_params
 @shared.mode
+@shared.executor
 @shared.guard_field
 @click.option(
     "--output",
@@ -222,6 +223,8 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
         --qrels qrels.tsv --doc-id-field sku
     simskip refine qdrant-edge:shard --group-field category
     simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
+    RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows --executor ray --refiner DIR \
+        --queries q.npy --query-ids q.txt --qrels qrels.tsv
     """
     from simskip_vdb import pipeline
     from simskip_vdb.report import render

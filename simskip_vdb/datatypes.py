@@ -74,6 +74,7 @@ class StoreInfo:
         exact: True where a vector is read back as it was written, bit for bit.
         lossy: True where it is read back too coarsely to be refined.
         rounding: Relative L2 distance within which a vector that is not exact is read back.
+        exhaustive: True where a search compares every row, as exact search does.
         payload: True where rows have payload fields.
         partial: True where a filter hides rows, so that one may leave or enter.
         state: Folder where the state of this store is kept, unless told otherwise; None where
@@ -90,6 +91,7 @@ class StoreInfo:
     exact: bool = True
     lossy: bool = False
     rounding: float = 2e-3
+    exhaustive: bool = False
     payload: bool = False
     partial: bool = False
     state: Path | None = None

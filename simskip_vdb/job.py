@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -12,15 +13,23 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from simskip_vdb.config import Signal
 from simskip_vdb.connectors import scheme_of
 from simskip_vdb.connectors.qdrant_points import filter_text, parse_filter
+from simskip_vdb.crew import LOCAL
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError
 from simskip_vdb.job_values import Window
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR
 from simskip_vdb.judgments import JudgmentFiles, misfits
 
-_MODES = {"faiss": (IN_PLACE,), "qdrant-edge": (IN_PLACE, NEW_VECTOR)}
+_MODES = {"faiss": (IN_PLACE,), "parquet": (IN_PLACE,), "qdrant-edge": (IN_PLACE, NEW_VECTOR)}
 """What can be written, where not every mode can."""
 _PAYLOAD = ("doc_id_field", "group_field", "filter", "guard_field")
+_USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
+    lambda: ((), ""),
+    faiss=(_PAYLOAD, "rows of {} have no payload"),
+    parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
+    qdrant=(("originals",), "{} holds its vectors itself"),
+)
+"""Keys that mean nothing to a scheme, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +79,7 @@ class Job:
         originals_ids: Ids of the vectors in the ``.npy`` file.
         side: What moves.
         mode: Where rows are written.
+        executor: ``local`` or ``ray``: who reads and writes the rows.
         signal: What to learn from.
         measure: What the gate judges, by its ir-measures name; None for the default.
         growing: Whether rows keep arriving.
@@ -96,6 +106,7 @@ class Job:
     originals_ids: Path | None = None
     side: Side = Side.DOCS
     mode: str = IN_PLACE
+    executor: str = LOCAL
     signal: Signal = Signal.AUTO
     measure: str | None = None
     growing: bool = True
@@ -130,17 +141,17 @@ def conflicts(job: Job) -> Iterator[str]:
 
 
 def _misfits_of_index(job: Job, scheme: str) -> Iterator[str]:
-    if scheme == "faiss":
-        for name in ("doc_id_field", "group_field", "filter", "guard_field"):
-            if getattr(job, name) is not None:
-                yield f"{name} has no effect: rows of {job.index} have no payload; leave it out"
+    names, why = _USELESS[scheme.partition("+")[0].partition("-")[0]]
+    for name in names:
+        if getattr(job, name) is not None:
+            yield f"{name} has no effect: {why.format(job.index)}; leave it out"
     if scheme.startswith("qdrant"):
-        if job.originals is not None:
-            yield f"originals has no effect: {job.index} holds its vectors itself; leave it out"
         try:
             parse_filter(job.filter)
         except ConfigError as error:
             yield str(error)
+    if job.executor != LOCAL and job.mode != IN_PLACE:
+        yield f"executor {job.executor} writes in place, not by mode {job.mode}"
     modes = _MODES.get(scheme, (IN_PLACE, NEW_VECTOR, NEW_COLLECTION))
     if job.mode not in modes:
         yield f"mode {job.mode} is not for {job.index}; choose {' or '.join(modes)}"
@@ -158,7 +169,7 @@ def identity(job: Job) -> object:
     place, _, query = job.index.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     rest = place.partition(":")[2]
-    if scheme in ("qdrant-edge", "qdrant-local"):
+    if scheme in ("parquet", "qdrant-edge", "qdrant-local"):
         rest = os.path.realpath(unquote(rest))
     elif scheme in ("qdrant", "qdrant+https"):
         parts = urlsplit(place)

@@ -210,7 +210,7 @@ def address(value: object, base: Path) -> str:
         )
     if scheme == "faiss":
         return f"faiss:{path_to(uri.removeprefix('faiss:'), base)}"
-    if scheme not in ("qdrant-edge", "qdrant-local"):
+    if scheme not in ("parquet", "qdrant-edge", "qdrant-local"):
         return uri
     place, mark, options = uri.partition(":")[2].partition("?")
     return f"{scheme}:{quote(str(path_to(unquote(place), base)))}{mark}{options}"

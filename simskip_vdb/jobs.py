@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from simskip_vdb import job_values as values
 from simskip_vdb.config import Signal
+from simskip_vdb.crew import LOCAL, RAY
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError
 from simskip_vdb.job import Job, Refit, Retention, conflicts, identity
@@ -66,6 +67,7 @@ _KEYS: Mapping[str, Kind] = {
     "originals_ids": values.file,
     "side": values.choice(*(side.value for side in Side)),
     "mode": values.choice(IN_PLACE, NEW_VECTOR, NEW_COLLECTION),
+    "executor": values.choice(LOCAL, RAY),
     "signal": values.choice(*(signal.value for signal in Signal)),
     "measure": values.measure,
     "growing": values.flag,

@@ -4,7 +4,8 @@ A state folder holds
 
     manifest.json          the only file that is ever replaced; it names all the others
     originals-*.arrow      every row as the application wrote it: id, vector (Arrow IPC)
-    written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC)
+    written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC); both one
+                           file, or one for each partition of the index
     before-*.arrow         every row as an earlier refinement of ours had left it (Arrow IPC)
     unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
@@ -12,6 +13,7 @@ A state folder holds
     fits/                  checkpoints of fits under way, or interrupted
     ledger.json            splits of queries, and looks at the test queries
     lock, holder           held while a run goes on, and by which process
+    crew/                  while processes of their own work on partitions: who may (`fence`)
 
 Files are named by their content's hash, written whole, fsynced, and only then named in the
 manifest; so at any instant the manifest points to complete files. A write to the index is announced
@@ -27,9 +29,9 @@ import os
 import platform
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -41,72 +43,40 @@ import numpy as np
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError, MissingDependencyError, StateInUseError, StoreError
+from simskip_vdb.fence import shut_out
+from simskip_vdb.manifest import (
+    IN_PLACE,
+    NEW_COLLECTION,
+    NEW_VECTOR,
+    FileRef,
+    Manifest,
+    Write,
+    manifest_from,
+    ref_from,
+)
 from simskip_vdb.overlap import behind
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
+
+__all__ = [
+    "IN_PLACE",
+    "KNOWN",
+    "NEW_COLLECTION",
+    "NEW_VECTOR",
+    "FileRef",
+    "Journal",
+    "Manifest",
+    "Write",
+    "ref_from",
+]
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 KNOWN, HOLDER = "known.arrow", "holder"
-IN_PLACE, NEW_VECTOR, NEW_COLLECTION = "in-place", "new-vector", "new-collection"
-OURS = re.compile(r"(originals|written|before)(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}")
+OURS = re.compile(
+    r"(originals|written|before)(-\d+)?(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}"
+)
 """Names of files that may be deleted; a state folder may be one that holds other things."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRef:
-    """A file of the state folder, with its checksum and number of rows."""
-
-    name: str
-    sha256: str
-    rows: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Write:
-    """One write to the index: done, or announced.
-
-    Attributes:
-        refiner: Id of the refiner whose vectors were written; empty for a rollback.
-        before: Fingerprint before the write: SHA-256 of the index file, or `fingerprint_of` rows.
-        originals: Every row as the application had written it.
-        fingerprint: Fingerprint after the write; empty until it is known.
-        written: Digests of all rows as read back; None until they were.
-        kept: What takes the index back to before: the file from before the first write (None where
-            rows changed in between), or the rows as an earlier refinement left them (None where
-            there was none).
-        time: Seconds since the epoch.
-        mode: ``in-place``, ``new-vector`` or ``new-collection``.
-        target: Name of the new vector or collection; empty in place.
-        origin: Name of the collection that the alias led to before; empty but for a new one.
-        summary: What `status` shows: side, measure, before, after, ci95, evidence.
-    """
-
-    refiner: str
-    before: str
-    fingerprint: str
-    originals: FileRef | None
-    written: FileRef | None
-    kept: FileRef | None
-    time: float
-    mode: str = IN_PLACE
-    target: str = ""
-    origin: str = ""
-    summary: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
-    """What the state folder holds and how far the index got."""
-
-    state_id: str
-    index: str
-    dim: int
-    metric: str
-    current: Write | None = None
-    pending: Write | None = None
-    copy_of: str | None = None
-    history: tuple[Mapping[str, Any], ...] = ()
 
 
 class Journal:
@@ -153,6 +123,7 @@ class Journal:
         try:
             with suppress(OSError):  # only for people
                 (self.folder / HOLDER).write_text(f"{os.getpid()} on {platform.node()}")
+            shut_out(self.folder)
             self.manifest = self._read_manifest()
             self._sweep()
         except BaseException:
@@ -222,7 +193,7 @@ class Journal:
         """
         if write.originals is None:
             raise JournalError(f"{self.folder} holds no originals of this index")
-        return Rows(self.path(write.originals))
+        return Rows(*map(self.path, write.originals.files))
 
     def save_originals(self, batches: Iterable[VectorBatch]) -> Rows:
         """Write the originals of the rows that are there now, and make them durable.
@@ -232,6 +203,21 @@ class Journal:
         self._update()  # a folder that holds rows has a manifest
         ref = self.scanned = self._save_rows("originals", batches)
         return Rows(self.folder / ref.name)
+
+    def adopt_originals(self, parts: Sequence[FileRef]) -> Rows:
+        """Take the files that workers saved of all partitions as `save_originals` takes its own."""
+        self.scanned = FileRef.of_parts(parts)
+        return Rows(*(self.folder / part.name for part in parts))
+
+    def begin(self) -> None:
+        """Make sure that there is a manifest, for workers to read."""
+        self._update()
+
+    def note_partition(self, name: str, done: Mapping[str, Any]) -> None:
+        """Record in the write that is announced that a partition is written and verified."""
+        pending = self.manifest.pending
+        assert pending is not None
+        self._update(pending=replace(pending, partitions={**pending.partitions, name: done}))
 
     def save_unseen(self, ids: Ids, vectors: Vectors) -> FileRef:
         """Write the originals of rows that cannot be seen any more, for good."""
@@ -284,18 +270,25 @@ class Journal:
 
     def save_written(self, ids: Ids, digests: Digests) -> FileRef:
         """Write the digests of rows as read back, in bytes 16 a row, and make them durable."""
+        return self._save_digests("written", ids, digests)
+
+    def _save_digests(self, stem: str, ids: Ids, digests: Digests) -> FileRef:
         import pyarrow as pa
 
         batch = pa.record_batch([ids_to_arrow(ids), pa.array(digests)], ["id", "digest"])
-        return self._save_arrow("written", [batch], batch)
+        return self._save_arrow(stem, [batch], batch)
 
     def open_written(self, ref: FileRef) -> tuple[Ids, Digests]:
         """Return ids and digests saved by `save_written`."""
         import pyarrow as pa
 
-        with pa.OSFile(str(self.path(ref))) as source:
-            table = pa.ipc.open_file(source).read_all()
-        return ids_from_arrow(table["id"]), table["digest"].to_numpy()
+        found = []
+        for path in map(self.path, ref.files):
+            with pa.OSFile(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            found.append((ids_from_arrow(table["id"]), table["digest"].to_numpy()))
+        held = [part for part in found if len(part[0])] or found[:1]
+        return np.concatenate([ids for ids, _ in held]), np.concatenate([d for _, d in held])
 
     def save_known(self, refiner: str, ids: Ids, digests: Digests) -> None:
         """Record which rows a refiner knows, and by which original: others arrived after its fit.
@@ -403,7 +396,7 @@ class Journal:
                 raise JournalError(
                     f"{path} has schema {schema}, this version reads {SCHEMA}; upgrade simskip-vdb"
                 )
-            manifest = _manifest_from(data)
+            manifest = manifest_from(data)
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, JournalError):
                 raise
@@ -467,7 +460,8 @@ class Journal:
         for write in (manifest.current, manifest.pending):
             if write is not None:
                 refs += [write.originals, write.written, write.kept]
-        named = {ref.name for ref in refs if ref is not None}
+                refs += [ref_from(done["written"]) for done in write.partitions.values()]
+        named = {file.name for ref in refs if ref is not None for file in ref.files}
         for file in self.folder.iterdir():
             if OURS.fullmatch(file.name) and file.name not in named and file.is_file():
                 try:
@@ -486,23 +480,3 @@ def _still_there(uri: str) -> bool:
     """Tell whether an index that was moved could be at its old address; a server always could."""
     place = (uri.partition(":")[2] or uri).partition("?")[0]
     return place.startswith("//") or Path(place).exists() or bool(glob(place))
-
-
-def _manifest_from(data: Mapping[str, Any]) -> Manifest:
-    known = {item.name for item in fields(Manifest)}
-    values = {name: value for name, value in data.items() if name in known}
-    for name in ("current", "pending"):
-        values[name] = _write_from(values[name])
-    values["history"] = tuple(values["history"])
-    return Manifest(**values)
-
-
-def _write_from(data: Mapping[str, Any] | None) -> Write | None:
-    if data is None:
-        return None
-    refs = {name: _ref_from(data[name]) for name in ("originals", "written", "kept")}
-    return Write(**{**data, **refs})
-
-
-def _ref_from(data: Mapping[str, Any] | None) -> FileRef | None:
-    return None if data is None else FileRef(**data)

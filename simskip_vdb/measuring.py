@@ -348,6 +348,9 @@ class ThroughIndex:
         With `as_is`, the rows that the store holds are compared, whoever wrote them.
         """
         space = self._space
+        if space.info.exhaustive and not self._scored:
+            self.ann[when] = 1.0
+            return
         queries = self._queries if refiner is None else refiner(self._queries)
         blocks, take = self._rows(store, refiner, as_is)
         exact = space.search(queries, blocks, 10)

@@ -149,6 +149,7 @@ def _settings(job: Job) -> Settings:
         measure=job.measure,
         growing=job.growing,
         mode=job.mode,
+        executor=job.executor,
         state=job.state,
         search_params=job.search_params,
     )

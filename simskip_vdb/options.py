@@ -79,6 +79,16 @@ mode = click.option(
     help="Qdrant: overwrite the vectors; or add NAME@simskip beside NAME, to be queried by that "
     "name; or copy the collection and switch its alias. --side both needs one of the last two.",
 )
+executor = click.option(
+    "--executor",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="Who reads and writes the rows. ray: a worker for each core of the Ray cluster that the "
+    "environment variable RAY_ADDRESS names (else of this machine) takes one partition at a time: "
+    "a file of 'FOLDER/part*.faiss' or of a Parquet folder, a slice of a Qdrant server's points. "
+    "Every machine must see the files and the state folder. A worker that dies is replaced.",
+)
 originals = _together(
     click.option(
         "--originals",

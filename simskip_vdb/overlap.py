@@ -14,9 +14,11 @@ _DEPTH = 2
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use; ``OMP_NUM_THREADS`` bounds them, as elsewhere."""
     able = getattr(os, "sched_getaffinity", None)
-    return len(able(0)) if able else os.cpu_count() or 1
+    found = len(able(0)) if able else os.cpu_count() or 1
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return min(found, max(1, int(told))) if told.isdigit() else found
 
 
 def ahead(items: Generator[T]) -> Generator[T]:

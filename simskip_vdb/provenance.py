@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
@@ -64,10 +65,18 @@ class Resemblance:
         return self._rows < self._FEWEST or self._own >= self._SHARE * self._rows
 
 
+class Ours(Protocol):
+    """Tells rows that we wrote from the application's."""
+
+    def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
+        """Return each row's original, shape (b, d), and whether we wrote the row, shape (b,)."""
+        ...
+
+
 class TrueRows:
     """A store's rows as the application gave them: ours undone, and codes not taken for vectors."""
 
-    def __init__(self, store: VectorStore, ours: OurRows | LiveRows | None) -> None:
+    def __init__(self, store: VectorStore, ours: Ours | None) -> None:
         self._store = store
         self._ours = ours
         self._lossy = store.info().lossy
@@ -110,7 +119,7 @@ class TrueRows:
         return exact
 
 
-def our_rows(journal: Journal, store: VectorStore) -> OurRows | LiveRows | None:
+def our_rows(journal: Journal, store: VectorStore) -> Ours | None:
     """Return what tells our rows from the application's; None where nothing of ours is there."""
     current = journal.manifest.current
     if not isinstance(store, FileBacked):
@@ -253,8 +262,8 @@ class AsRead:
         """Take the originals, digests of the rows as they were read, and who wrote them."""
         info = store.info()
         self._digests, self._rows = digests, rows
-        self.lookup, self._ours = Lookup(rows.ids), LiveRows(journal, store)
-        self._tolerance = info.tolerance
+        self.lookup, self._tolerance = Lookup(rows.ids), info.tolerance
+        self._ours = LiveRows(journal, store) if self._tolerance else None
 
     def same(self, now: VectorBatch) -> Mask:
         """Tell which of these rows are as they were read; rows that were not there are not."""
@@ -263,7 +272,7 @@ class AsRead:
         known = np.flatnonzero(places >= 0)
         same[known] = row_digests(now.vectors[known]) == self._digests[places[known]]
         doubtful = known[~same[known]]
-        if self._tolerance and len(doubtful):
+        if self._ours is not None and len(doubtful):
             rows = VectorBatch(ids=now.ids[doubtful], vectors=now.vectors[doubtful])
             originals, _ = self._ours.originals(rows)
             then = self._rows.take(places[doubtful])

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simskip_vdb import row_by_row, targets, whole_file
-from simskip_vdb.datatypes import Progress, VectorBatch, silent
+from simskip_vdb.crew import Crew
+from simskip_vdb.datatypes import Progress, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
 from simskip_vdb.outgoing import Refine, RolledBack, Written
-from simskip_vdb.provenance import SCAN_ROWS, TrueRows, our_rows
+from simskip_vdb.provenance import our_rows
+from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.rows import row_digests
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import (
     AddsVectors,
@@ -23,6 +24,7 @@ from simskip_vdb.store import (
     Copied,
     FileBacked,
     LeavesFiles,
+    RowStore,
     RowWritable,
     VectorStore,
 )
@@ -68,6 +70,7 @@ def snapshot(
     *,
     past: Journal | None = None,
     fields: Sequence[str] = (),
+    crew: Crew | None = None,
 ) -> Snapshot:
     """Save every row's original, in scan order.
 
@@ -80,6 +83,7 @@ def snapshot(
         progress: Called with rows done and rows in all.
         past: The index's state, where `journal` is another one.
         fields: Payload columns to bring along.
+        crew: Reads the partitions; None to read all here.
 
     Raises:
         ConfigError: The store has no such columns.
@@ -87,35 +91,18 @@ def snapshot(
         UnsupportedIndexError: The index holds lossy codes, and nobody gave the exact vectors.
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
-    total = store.info().count
-    sha256 = store.sha256() if isinstance(store, FileBacked) else ""
-    true = TrueRows(store, our_rows(past or journal, store))
-    digests = [np.empty(0, np.uint64)]
-    columns: dict[str, list[Any]] = {name: [] for name in fields}
-    ours = [np.empty(0, np.bool_)]
-
-    def originals() -> Iterator[VectorBatch]:
-        done = 0
-        for batch in store.scan(SCAN_ROWS, fields=fields):
-            vectors, mine = true.of(batch)
-            yield VectorBatch(ids=batch.ids, vectors=vectors)
-            digests.append(row_digests(batch.vectors))
-            for name, column in columns.items():
-                column.extend(batch.fields[name])
-            ours.append(mine)
-            done += len(batch)
-            progress("read", done, total)
-        true.check()
-
-    rows = journal.save_originals(originals())
-    ordered = np.sort(rows.ids)
+    if crew is None:
+        found = read_rows(store, journal, our_rows(past or journal, store), fields, progress)
+    else:
+        found = crew.read(fields, progress)
+    ordered = np.sort(found.rows.ids)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise DataError(
             f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
             "could not be restored by its id. Give every row an id of its own and rebuild the index"
         )
-    return Snapshot(rows, np.concatenate(digests), np.concatenate(ours), columns, sha256)
+    return found
 
 
 def write(
@@ -129,6 +116,7 @@ def write(
     summary: Mapping[str, Any],
     mode: str = IN_PLACE,
     progress: Progress = silent,
+    send: row_by_row.Send | None = None,
 ) -> Written:
     """Write refined vectors in place: announced, verified, and undoable.
 
@@ -143,6 +131,7 @@ def write(
         summary: What `status` shows of this write.
         mode: Where rows are written: ``in-place``, ``new-vector`` or ``new-collection``.
         progress: Called with rows done and rows in all.
+        send: Sends rows that are written one by one; None to do it here.
 
     Raises:
         ConfigError: The store does not know this mode.
@@ -159,7 +148,7 @@ def write(
     if isinstance(store, FileBacked):
         check_mode(store, mode)
         return whole_file.write(store, found, refine, **kwargs)
-    return row_by_row.write(_by_rows(store), found, refine, mode=mode, **kwargs)
+    return row_by_row.write(_by_rows(store), found, refine, mode=mode, send=send, **kwargs)
 
 
 def check_mode(store: VectorStore, mode: str) -> None:
@@ -246,7 +235,7 @@ def fingerprint(store: VectorStore) -> str:
     return store.sha256() if isinstance(store, FileBacked) else targets.fingerprint(store)
 
 
-def _by_rows(store: VectorStore) -> targets.RowStore:
+def _by_rows(store: VectorStore) -> RowStore:
     if not isinstance(store, RowWritable):
         raise StoreError(f"{store.info().uri} can only be read")
     return store

@@ -130,6 +130,8 @@ def render_status(status: Mapping[str, Any]) -> str:
         lines.append(f"a refined copy of {status['copy_of']}, which is as it was")
     if status["interrupted"]:
         lines.append("a run was interrupted while writing; run the same command again to finish")
+        if status["partitions_written"]:
+            lines.append(f"{status['partitions_written']} partitions are written and verified")
     current = status["refined"]
     if current is None:
         lines.append("holds originals" + ("" if status["state"] else "; never refined"))

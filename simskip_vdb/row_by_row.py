@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +29,10 @@ from simskip_vdb.outgoing import Refine, RolledBack, Written
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
-from simskip_vdb.sending import Sending, Snapshot
-from simskip_vdb.store import Check, VectorStore
+from simskip_vdb.sending import Sending, Sent, Snapshot
+from simskip_vdb.store import Check, RowStore, VectorStore
 from simskip_vdb.targets import (
     InPlace,
-    RowStore,
     fingerprint,
     holding,
     is_restored,
@@ -42,6 +41,9 @@ from simskip_vdb.targets import (
 )
 
 log = logging.getLogger(__name__)
+
+Send = Callable[[Snapshot, Mask, Progress], Sent]
+"""Writes the rows of a snapshot but for those that are right already, shape (n,), and verifies."""
 
 
 def write(
@@ -55,6 +57,7 @@ def write(
     summary: Mapping[str, Any],
     mode: str = IN_PLACE,
     progress: Progress = silent,
+    send: Send | None = None,
 ) -> Written:
     """Write refined vectors: announced, verified, and undoable.
 
@@ -70,6 +73,7 @@ def write(
         summary: What `status` shows of this write.
         mode: Where to: ``in-place``, ``new-vector`` or ``new-collection``.
         progress: Called with rows done and rows in all.
+        send: Sends, verifies and records the rows; None to do it here.
 
     Raises:
         ConfigError: The store does not know this mode.
@@ -101,6 +105,7 @@ def write(
         target=target.name,
         origin=target.origin,
         summary=summary,
+        partitions={} if pending is None else pending.partitions,
     )
     settled = _settled(journal, found, refiner, exact=store.info().exact)
     journal.announce(write)
@@ -108,9 +113,11 @@ def write(
         receiving = target.open(progress)
         mark(receiving, _note(journal, refiner))
         sending = Sending(target, receiving, found, read_then, refine, progress, settled)
-        sending.send()
-        receiving.settle(progress)
-        read = sending.verify()
+        if send is None:
+            sent = sending.run(journal)
+        else:
+            sent = send(found, settled, progress)
+            receiving.settle(progress)
         accept(receiving)
         target.finish(read_then, sending.refined, progress)
     except (TransientStoreError, StoppedError):
@@ -118,10 +125,9 @@ def write(
     except Exception:
         _undo(target, journal, write, progress)
         raise
-    written = journal.save_written(read.ids[read.ours], read.digests[read.ours])
-    done = replace(write, written=written, fingerprint=fingerprint_of(read.ids, read.digests))
+    done = replace(write, written=sent.written, fingerprint=sent.fingerprint, partitions={})
     journal.settle(happened=True, done=done)
-    return sending.outcome(read)
+    return sent.outcome
 
 
 def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> RolledBack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,27 +22,29 @@ class Rows:
 
     Blocks are read, not mapped: pages of a map would stay resident and count as memory.
 
+    Args:
+        paths: The file; or those of an index's partitions, of which one at a time is open.
+
     Attributes:
+        path: The first file.
         ids: Shape (n,), int64 or text.
         dim: Dimension of a vector.
     """
 
-    def __init__(self, path: Path) -> None:
-        import pyarrow as pa
-
-        self.path = path
+    def __init__(self, *paths: Path) -> None:
+        self.path, self._paths = paths[0], paths
         self._lock = Lock()  # the reader is not made for several threads
-        try:
-            self._reader = pa.ipc.open_file(pa.OSFile(str(path)))
-            # Of a map, only the pages with ids are read.
-            only_ids = pa.ipc.IpcReadOptions(included_fields=[0])
-            with pa.memory_map(str(path)) as mapped:
-                reader = pa.ipc.open_file(mapped, options=only_ids)
-                ids = [ids_from_arrow(reader.get_batch(i)["id"]) for i in range(self._blocks)]
-                self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise JournalError(f"{path} cannot be read: {error}") from error
+        ids: list[Ids] = []
+        self._files: list[int] = []  # of each block, and which block of that file it is
+        self._numbers: list[int] = []
+        for number in range(len(paths)):
+            found = self._read_ids(number)
+            ids += found
+            self._files += [number] * len(found)
+            self._numbers += range(len(found))
         self.dim: int = self._reader.schema.field("vector").type.list_size
+        held = [block for block in ids if len(block)]  # a file without rows tells no kind of ids
+        self.ids: Ids = np.concatenate(held) if held else np.empty(0, np.int64)
         self._starts = np.cumsum([0, *map(len, ids)])
 
     def __len__(self) -> int:
@@ -76,12 +79,43 @@ class Rows:
 
     @property
     def _blocks(self) -> int:
-        return int(self._reader.num_record_batches)
+        return len(self._files)
 
     def _block(self, i: int) -> Vectors:
         with self._lock:
-            vectors: Vectors = self._reader.get_batch(i)["vector"].flatten().to_numpy()
+            if self._files[i] != self._at:
+                self._open(self._files[i])
+            batch = self._reader.get_batch(self._numbers[i])
+        vectors: Vectors = batch["vector"].flatten().to_numpy()
         return vectors.reshape(-1, self.dim)
+
+    def _read_ids(self, number: int) -> list[Ids]:
+        import pyarrow as pa
+
+        self._open(number)
+        only_ids = pa.ipc.IpcReadOptions(included_fields=[0])
+        # Of a map, only the pages with ids are read.
+        with _reading(self._paths[number]), pa.memory_map(str(self._paths[number])) as mapped:
+            reader = pa.ipc.open_file(mapped, options=only_ids)
+            blocks = range(reader.num_record_batches)
+            return [ids_from_arrow(reader.get_batch(i)["id"]).copy() for i in blocks]
+
+    def _open(self, number: int) -> None:
+        import pyarrow as pa
+
+        with _reading(self._paths[number]):
+            self._reader = pa.ipc.open_file(pa.OSFile(str(self._paths[number])))
+        self._at = number
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    import pyarrow as pa
+
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise JournalError(f"{path} cannot be read: {error}") from error
 
 
 def row_digests(vectors: Vectors) -> Digests:
@@ -103,6 +137,15 @@ def fingerprint_of(ids: Ids, digests: Digests) -> str:
     """Hash a set of rows, given by ids and digests of their vectors, whatever their order."""
     mixed = _splitmix(hash_ids(ids, 0) ^ digests)
     return f"{len(ids)}-{int(mixed.sum(dtype=np.uint64)):016x}"
+
+
+def together(fingerprints: Iterable[str]) -> str:
+    """Return what `fingerprint_of` says of several sets of rows together."""
+    rows = mixed = 0
+    for text in fingerprints:
+        count, _, digest = text.partition("-")
+        rows, mixed = rows + int(count), mixed + int(digest, 16)
+    return f"{rows}-{mixed % 2**64:016x}"
 
 
 def ids_to_arrow(ids: Ids) -> Any:  # noqa: ANN401 pyarrow

@@ -10,11 +10,12 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
-from simskip_vdb.journal import NEW_VECTOR
+from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal
 from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
-from simskip_vdb.rows import Digests, Rows, row_digests
-from simskip_vdb.targets import InPlace, RowStore
+from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
+from simskip_vdb.store import RowStore
+from simskip_vdb.targets import InPlace
 
 FEWEST = 100  # rows, below which a share of them says little
 _TRIES = 3
@@ -27,6 +28,7 @@ class Snapshot(NamedTuple):
         rows: Every row's original, on disk.
         digests: Digest of every row as it was read, shape (n,).
         ours: Which of them we wrote, and nobody changed since, shape (n,).
+        usable: Which originals are finite and not zero, shape (n,).
         columns: Payload columns that were asked for, each of length n.
         sha256: Hash of the file before it was read; empty where the store is no file.
     """
@@ -34,6 +36,7 @@ class Snapshot(NamedTuple):
     rows: Rows
     digests: Digests
     ours: Mask
+    usable: Mask
     columns: Mapping[str, list[Any]]
     sha256: str = ""
 
@@ -46,6 +49,20 @@ class Read(NamedTuple):
     ours: Mask
     theirs: int
     gone: int
+
+
+class Sent(NamedTuple):
+    """What became of the rows of an index, or of a partition.
+
+    Attributes:
+        written: The digests of those that are ours now.
+        fingerprint: Of all rows as read back.
+        outcome: How many are what.
+    """
+
+    written: FileRef
+    fingerprint: str
+    outcome: Written
 
 
 class Sending:
@@ -71,6 +88,18 @@ class Sending:
         self._rounding = store.info().rounding
         self._settled = settled
         self.moved = 0
+
+    def run(self, journal: Journal) -> Sent:
+        """Write all rows, read them back, and save the digests of ours.
+
+        Raises:
+            VerificationError: See `verify`.
+        """
+        self.send()
+        self._store.settle(self._progress)
+        read = self.verify()
+        written = journal.save_written(read.ids[read.ours], read.digests[read.ours])
+        return Sent(written, fingerprint_of(read.ids, read.digests), self.outcome(read))
 
     def send(self) -> None:
         """Write every row that does not hold its refined vector yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -167,6 +168,37 @@ class RowWritable(Protocol):
             StoreChangedError: Somebody else changed what was to be written; that was left as it
                 is, and some rows may be written.
         """
+        ...
+
+
+class RowStore(VectorStore, RowWritable, Protocol):
+    """A store whose rows are written one by one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """A part of a store's rows, which a process of its own may read and write.
+
+    Attributes:
+        name: Such as a file's name; the same rows have it in every run.
+        open: Opens it, and nothing else, in whatever process; its rows have the ids that they have
+            in the store, in the order of `VectorStore.scan`. It can be pickled.
+    """
+
+    name: str
+    open: Callable[[], RowStore]
+
+
+@runtime_checkable
+class Partitioned(Protocol):
+    """Ability: the rows are in partitions, and processes may each write one at a time."""
+
+    def partitions(self) -> Sequence[Partition]:
+        """Return the partitions; every row is in one of them."""
+        ...
+
+    def reopen(self) -> None:
+        """See what other processes of ours have written to partitions."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,14 +17,18 @@ from simskip_vdb.errors import (
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
-from simskip_vdb.store import BESIDE, AddsVectors, Copied, Marked, RowWritable, VectorStore
+from simskip_vdb.store import (
+    BESIDE,
+    AddsVectors,
+    Copied,
+    Marked,
+    RowStore,
+    RowWritable,
+    VectorStore,
+)
 
 Refined = Callable[[Ids], Vectors]
 """Refines the originals of these rows, shape (len(ids), d)."""
-
-
-class RowStore(VectorStore, RowWritable, Protocol):
-    """A store whose rows are written one by one."""
 
 
 class Restored(NamedTuple):

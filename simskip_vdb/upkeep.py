@@ -84,7 +84,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     folder = state_folder(store, state)
     known = (folder / "manifest.json").is_file()
     journal = Journal(folder, info)
-    current = journal.manifest.current
+    current, pending = journal.manifest.current, journal.manifest.pending
     refined = None
     if current is not None:
         refined = {"refiner": current.refiner, "time": current.time, **current.summary}
@@ -98,7 +98,8 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "state_bytes": journal.size if known else 0,
         "refined": refined,
         "copy_of": journal.manifest.copy_of,
-        "interrupted": journal.manifest.pending is not None,
+        "interrupted": pending is not None,
+        "partitions_written": 0 if pending is None else len(pending.partitions),
         "changed_since": current is not None and not is_as_written(store, journal, current),
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.config import FitSettings
+from simskip_vdb.crew import LOCAL, RAY, Crew, check_executor, ray_crew
 from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
 from simskip_vdb.durable import disk_errors, write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
@@ -35,7 +36,7 @@ from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
-from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.search import ExactSearch
 from simskip_vdb.store import Marked, RowWritable, VectorStore
 from simskip_vdb.targets import holding
@@ -53,6 +54,7 @@ class Settings:
         measure: The measure that the gate judges; None for nDCG@10, or Rprec with groups.
         growing: Whether rows keep arriving, so that the fit prefers what is fair to late rows, and
             unfairness to them refuses.
+        executor: ``local``, or ``ray``: who reads and writes the rows.
         mode: Where rows of a collection are written: ``in-place``, ``new-vector`` or
             ``new-collection``.
         refiner: Folder of a fitted refiner to use instead of fitting one.
@@ -67,6 +69,7 @@ class Settings:
     fit: FitSettings = field(default_factory=FitSettings)
     measure: str | None = None
     growing: bool = False
+    executor: str = LOCAL
     mode: str = IN_PLACE
     refiner: Path | None = None
     out: Path | None = None
@@ -94,6 +97,7 @@ class Workspace:
         seconds: Time by stage.
         checkpoint: Returns the file by which the next fit goes on after an interruption.
         progress: Called with (stage, done, total).
+        crew: Who reads and writes the partitions; None where all is done here.
     """
 
     def __init__(
@@ -105,19 +109,20 @@ class Workspace:
         judged: Resolved,
         settings: Settings,
         progress: Progress,
+        crew: Crew | None = None,
     ) -> None:
         self.store = store
-        self.progress = progress
+        self.progress, self.crew = progress, crew
         self.info = store.info()
         self.journal = journal
         self.ledger = ledger
         self.found = found
-        self.rows = rows = found.rows
+        self.rows = found.rows
         self.judged = judged
         self.settings = settings
         self.current: Write | None = journal.manifest.current
         self.held_by = holding(store, self.current)
-        self.usable = _usable(rows)
+        self.usable = found.usable
         defaults = DEFAULT_MEASURES if judged.groups is None else GROUP_MEASURES
         chosen = (settings.measure,) if settings.measure else ()
         self.measures = parse_measures((*chosen, *defaults))
@@ -323,6 +328,7 @@ def open_workspace(
         DataError: The index has fewer than two usable rows, or the judgments do not fit it.
         JournalError: The state is damaged or in use.
     """
+    check_executor(settings.executor, store, settings.mode)
     folder = state_folder(store, settings.state)
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -345,7 +351,10 @@ def open_workspace(
         else:
             journal = stack.enter_context(past)
             recover(store, journal)
-        found = snapshot(store, journal, progress, past=past, fields=judgments.fields)
+        crew = None
+        if settings.executor == RAY and not settings.dry_run:
+            crew = stack.enter_context(ray_crew(store, journal))
+        found = snapshot(store, journal, progress, past=past, fields=judgments.fields, crew=crew)
         ledger = Ledger(folder)
         judged = resolve(
             judgments.with_columns(found.columns, found.rows.ids),
@@ -353,7 +362,7 @@ def open_workspace(
             seed=settings.fit.seed,
             assigned={name: Split(split) for name, split in ledger.splits.items()},
         )
-        space = Workspace(store, journal, ledger, found, judged, settings, progress)
+        space = Workspace(store, journal, ledger, found, judged, settings, progress, crew)
         if np.count_nonzero(space.usable) < 2:
             raise DataError(
                 f"{store.info().uri} has {np.count_nonzero(space.usable)} rows that are finite and "
@@ -441,10 +450,3 @@ def _check_search(store: VectorStore, settings: Settings) -> None:
     """Try the search settings on one query, before anything that takes long or counts."""
     if settings.search_params and store.info().count:
         store.search(np.ones((1, store.info().dim), np.float32), 1, settings.search_params)
-
-
-def _usable(rows: Rows) -> Mask:
-    usable = np.zeros(len(rows), np.bool_)
-    for start, block in rows.blocks():
-        usable[start : start + len(block)] = np.isfinite(block).all(axis=1) & block.any(axis=1)
-    return usable

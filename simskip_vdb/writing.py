@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def reindex(
         assert output is not None
         _mark_copy(output, candidate, space, refiner, summary)
 
+    send = None if space.crew is None else partial(space.crew.write, late)
     gate, written = report.gate, Written.none()
     with space.timed("write"):
         try:
@@ -105,6 +107,7 @@ def reindex(
                     summary=summary,
                     mode=space.settings.mode,
                     progress=progress,
+                    send=send,
                 )
             else:
                 written = write_copy(

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -46,6 +48,40 @@ class Server:
             check_compatibility=False,
             transport=httpx.MockTransport(self._answer),
         )
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        """Answer other processes, too; give the address."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16  # a header and a body sent apart are waited for
+
+            def _any(self) -> None:
+                content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                request = httpx.Request(self.command, f"http://here{self.path}", content=content)
+                answer = server._answer(request)
+                self.send_response(answer.status_code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(answer.content)))
+                self.end_headers()
+                self.wfile.write(answer.content)
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _any
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=listener.serve_forever)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{listener.server_port}"
+        finally:
+            listener.shutdown()
+            thread.join()
+            listener.server_close()
 
     def close(self) -> None:
         self.client.close()

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faiss_files import KINDS, make_index, rows_by_faiss, write
+from parquet_files import raw_rows, write_rows
 
 from simskip_vdb.connectors.faiss_parts import FaissParts
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.connectors.memory import MemoryStore
-from simskip_vdb.datatypes import Ids, Metric, Vectors
+from simskip_vdb.connectors.parquet_file import Options, ParquetFile
+from simskip_vdb.connectors.parquet_store import ParquetFolder
+from simskip_vdb.datatypes import ID_TEXT, Ids, Metric, Vectors
 from simskip_vdb.store import VectorStore
 from simskip_vdb.testing import FileContract, RowContract
 
@@ -72,3 +75,41 @@ class TestFaissParts(RowContract):
         if self.positional:
             return np.arange(len(vectors)), vectors
         return np.concatenate([ids for ids, _ in parts]), vectors
+
+
+class TestParquetFile(FileContract):
+    @pytest.fixture(autouse=True, params=["fixed", "list", "large_list"])
+    def _kind(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        self.lists, self.path = request.param, tmp_path / "rows.parquet"
+
+    def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        write_rows(self.path, ids, vectors, lists=self.lists, group=17)
+        return ParquetFile(self.path, Options(metric=metric))
+
+    def raw_rows(self, store: VectorStore) -> tuple[Ids, Vectors]:
+        return raw_rows(self.path)
+
+
+class TestParquetFolder(RowContract):
+    @pytest.fixture(autouse=True, params=["numbers", "text"])
+    def _kind(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        self.text, self.folder = request.param == "text", tmp_path
+
+    @pytest.fixture
+    def ids(self) -> Ids:
+        numbers = np.arange(self.count) * 3
+        return np.array([f"sku-{i}" for i in numbers]).astype(ID_TEXT) if self.text else numbers
+
+    def unknown_id(self, ids: Ids) -> Ids:
+        return np.array(["sku-x"]).astype(ID_TEXT) if self.text else super().unknown_id(ids)
+
+    def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        for part, (start, stop) in enumerate(pairwise([0, 17, 40, self.count])):
+            path = self.folder / f"day={part}" / "rows.parquet"
+            path.parent.mkdir(exist_ok=True)
+            write_rows(path, ids[start:stop], vectors[start:stop], group=9)
+        return ParquetFolder(self.folder, Options(metric=metric))
+
+    def raw_rows(self, store: VectorStore) -> tuple[Ids, Vectors]:
+        parts = [raw_rows(path) for path in sorted(self.folder.glob("*/*.parquet"))]
+        return np.concatenate([i for i, _ in parts]), np.concatenate([v for _, v in parts])

@@ -250,7 +250,7 @@ device = "gpu"
     ("index", "''", "index is empty"),
     ("index", '"a\\nb"', "holds a line break"),
     ("index", '"a\\u0000b"', "holds a line break or another"),
-    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, qdrant, qdrant+https, "),
+    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, parquet, qdrant, "),
     ("queries", "'nowhere.npy'", "nowhere.npy, which does not exist; give a file"),
     ("qrels", "'clicks'", "clicks, which is a folder; give a file"),
     ("judgments", "'q.npy'", "q.npy, which is a file; create the folder"),

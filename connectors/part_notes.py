@@ -1,4 +1,4 @@
-"""Notes beside a FAISS file: that it is a part of an index which was refined as a whole.
+"""Notes beside a file: that it is a part of an index which was refined as a whole.
 
 Opened by itself after that, it would be taken for raw and refined twice; and so would a part that
 was refined by itself before the others were.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.connectors.notes import read_note
+from simskip_vdb.datatypes import StoreInfo
 from simskip_vdb.durable import disk_errors
 from simskip_vdb.errors import ConfigError, StoreError
 
@@ -44,19 +45,16 @@ def refuse_part(path: Path) -> None:
         )
 
 
-def refuse_refined(path: Path, state: Path) -> None:
+def refuse_refined(part: StoreInfo) -> None:
     """Refuse a part that was refined by itself.
-
-    Args:
-        path: The part.
-        state: Where its own state usually is.
 
     Raises:
         ConfigError: It was.
         StoreError: Its state cannot be read.
     """
-    manifest = state / "manifest.json"
-    refined = (state / "state-is-elsewhere").is_file()
+    assert part.state is not None
+    manifest = part.state / "manifest.json"
+    refined = (part.state / "state-is-elsewhere").is_file()
     if manifest.is_file():
         try:
             with disk_errors(manifest):
@@ -66,8 +64,8 @@ def refuse_refined(path: Path, state: Path) -> None:
             raise StoreError(f"{manifest} cannot be read ({error})") from error
     if refined:
         raise ConfigError(
-            f"{path} was refined by itself, so it is no raw part of another index; undo that "
-            f"first: simskip rollback {shlex.quote(str(path))}"
+            f"{part.uri} was refined by itself, so it is no raw part of another index; undo that "
+            f"first: simskip rollback {shlex.quote(part.uri)}"
         )
 
 
