@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
@@ -118,7 +120,7 @@ def _train(
         dense = torch.optim.AdamW([*f.parameters(), *project.parameters()], weight_decay=1e-4)
         sparse = torch.optim.SparseAdam(offsets.parameters())
         parts = {"f": f, "project": project, "offsets": offsets, "dense": dense, "sparse": sparse}
-        kept = Checkpoint(checkpoint, parts, rng)
+        kept = Checkpoint(checkpoint, _told_apart_by(problem), parts, rng)
         done, order = kept.restore(order)
         for step in range(done + 1, total + 1):
             for group in (*dense.param_groups, *sparse.param_groups):
@@ -162,6 +164,13 @@ def _train(
         offset_ids=ids[by_id],
         offsets=offsets.weight.detach().cpu().numpy()[:m][by_id],
     )
+
+
+def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
+    """Return what fits of the same rows, in whatever order they are read, differ by."""
+    judged = problem.queries
+    told = [] if judged is None else [judged.vectors, judged.indptr, judged.rows, judged.grades]
+    return [problem.ids, problem.usable, problem.groups, problem.late, *told]
 
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:
