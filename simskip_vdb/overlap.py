@@ -44,7 +44,7 @@ def ahead(items: Generator[T]) -> Generator[T]:
 def behind(do: Callable[[T], object], items: Iterable[T]) -> None:
     """Do something with every item, in order, in a thread of its own, while the next are drawn.
 
-    Errors of either surface here; after the first, nothing more is done.
+    Errors of either surface here; after the first, no more than what waited already is done.
     """
     running: deque[Future[object]] = deque()
     with ThreadPoolExecutor(1) as pool:

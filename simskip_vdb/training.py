@@ -168,9 +168,11 @@ def _train(
 
 def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
     """Return what fits of the same rows, in whatever order they are read, differ by."""
+    told = [problem.ids, problem.usable, problem.groups, problem.late]
     judged = problem.queries
-    told = [] if judged is None else [judged.vectors, judged.indptr, judged.rows, judged.grades]
-    return [problem.ids, problem.usable, problem.groups, problem.late, *told]
+    if judged is not None:
+        told += [judged.vectors, judged.indptr, judged.rows, judged.grades]
+    return told
 
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:
