@@ -7,6 +7,9 @@ from typing import Protocol
 
 import numpy as np
 
+from simskip_vdb.by_vector import LAST_DIGITS, SAME, Alike, ByVector, ramps
+from simskip_vdb.by_vector import Lookup as Lookup
+from simskip_vdb.by_vector import near as near
 from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, JournalError, UnsupportedIndexError
 from simskip_vdb.journal import NEW_VECTOR, Journal, Write
@@ -15,23 +18,6 @@ from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import FileBacked, TakesOriginals, VectorStore
 
 SCAN_ROWS = 8192
-LAST_DIGITS = 1e-6  # relative L2 distance of one vector that is normalised over again
-SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
-
-
-class Lookup:
-    """Finds rows by id in memory of 16 bytes a row."""
-
-    def __init__(self, ids: Ids) -> None:
-        self._order = np.argsort(ids, kind="stable")
-        self._sorted = ids[self._order]
-
-    def find(self, ids: Ids) -> Positions:
-        """Return each id's position, -1 where it is unknown; shape (len(ids),)."""
-        if not len(self._sorted):
-            return np.full(len(ids), -1)
-        places = np.minimum(np.searchsorted(self._sorted, ids), len(self._sorted) - 1)
-        return np.asarray(np.where(self._sorted[places] == ids, self._order[places], -1))
 
 
 class Resemblance:
@@ -189,9 +175,9 @@ class WrittenRows:
             self._digests[places[places >= 0]] = digests[places >= 0]
         known = journal.known(write.refiner) if self._refiner.late is LateRule.RAW else None
         self._known = None if known is None else Lookup(known[0])
-        self._elsewhere: _ByVector | None = None
+        self._elsewhere: ByVector | None = None
         if positional:
-            self._elsewhere = _ByVector(self._rows, *self._left(known=write.written is not None))
+            self._elsewhere = self._left(known=write.written is not None)
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
         """Return each row's original, shape (b, d), and whether it is of this write, (b,)."""
@@ -206,16 +192,17 @@ class WrittenRows:
         mine[doubtful] |= self._left_raw(batch, originals, doubtful, places[doubtful])
         if self._elsewhere is not None and not mine.all():
             others = np.flatnonzero(~mine)
-            places = self._elsewhere.find(row_digests(batch.vectors[others]))
+            places = self._elsewhere.find(batch.vectors[others])
             originals[others[places >= 0]] = self._rows.take(places[places >= 0])
             mine[others[places >= 0]] = True
         return originals, mine
 
-    def _left(self, *, known: bool) -> tuple[Digests, Positions]:
-        """Return digests of what the write left, or may have left, and whose each is."""
+    def _left(self, *, known: bool) -> ByVector:
+        """Return what finds rows by the vectors that the write left, or may have left."""
         if known:
             places = np.flatnonzero(self._digests)
-            return self._digests[places], places
+            return ByVector(self._rows, self._digests[places], places)
+        alike = Alike(self._rows)
         digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for start, block in self._rows.blocks():
             ids = self._rows.ids[start : start + len(block)]
@@ -225,7 +212,8 @@ class WrittenRows:
                 moved = np.flatnonzero(found != row_digests(block))
                 digests.append(found[moved])
                 owners.append(start + moved)
-        return np.concatenate(digests), np.concatenate(owners)
+                alike.add(refined[moved], start + moved)
+        return ByVector(self._rows, np.concatenate(digests), np.concatenate(owners), alike)
 
     def _left_raw(
         self, batch: VectorBatch, originals: Vectors, rows: Positions, places: Positions
@@ -278,34 +266,6 @@ class AsRead:
             then = self._rows.take(places[doubtful])
             same[doubtful] = near(originals, then, self._tolerance)
         return same
-
-
-class _ByVector:
-    """Finds the originals of refined vectors, wherever they are now."""
-
-    def __init__(self, rows: Rows, digests: Digests, places: Positions) -> None:
-        """Take digests of refined vectors, shape (m,), and their rows' positions in `rows`."""
-        order = np.argsort(digests, kind="stable")
-        self._digests, self._places = digests[order], places[order]
-        self._lookup = Lookup(self._digests)
-        twice = np.flatnonzero(self._digests[1:] == self._digests[:-1])
-        first, second = (row_digests(rows.take(self._places[twice + i])) for i in (0, 1))
-        self._ambiguous = self._digests[twice[first != second]]
-
-    def find(self, digests: Digests) -> Positions:
-        """Return each row's position among the originals, -1 where it is not ours, shape (b,).
-
-        Raises:
-            JournalError: Rows with different originals have this vector now.
-        """
-        if np.isin(digests, self._ambiguous).any():
-            raise JournalError(
-                "rows were removed or reordered, ids of this index are positions, and some rows "
-                "with equal vectors now had different originals: which is whose cannot be told. "
-                "Restore the index from a backup, or give rows ids of their own"
-            )
-        found = self._lookup.find(digests)
-        return np.asarray(np.where(found >= 0, self._places[found], -1))
 
 
 class OurRows:
@@ -382,7 +342,7 @@ class OurRows:
 
     def _refuse_ambiguous(self, first: Positions, last: Positions) -> None:
         sizes = last - first
-        members = np.repeat(first, sizes) + _ramps(sizes)
+        members = np.repeat(first, sizes) + ramps(sizes)
         places = self._places(self._ids[self._order[members]])
         originals = row_digests(self._rows.take(places))
         leaders = np.repeat(np.concatenate([[0], np.cumsum(sizes)[:-1]]), sizes)
@@ -392,17 +352,3 @@ class OurRows:
                 "with equal vectors now had different originals: which is whose cannot be told. "
                 "Restore the index from a backup, or use an IDMap so that rows keep their ids"
             )
-
-
-def _ramps(sizes: Positions) -> Positions:
-    """Return 0…s-1 for every size s, one after the other."""
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return np.asarray(np.arange(sizes.sum()) - np.repeat(starts, sizes))
-
-
-def near(a: Vectors, b: Vectors, tolerance: float) -> Mask:
-    """Tell rows within a relative L2 distance; rows that are not finite count as near."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.linalg.norm(a - b, axis=1)
-        limit = tolerance * np.linalg.norm(b, axis=1)
-        return np.asarray((distance <= limit) | ~np.isfinite(limit))

@@ -298,3 +298,26 @@ def test_rows_that_came_while_workers_wrote_do_not_shift_others(
     desk.ids = np.concatenate([desk.ids, 10_000 + np.arange(40)])
     desk.vectors = np.concatenate([desk.vectors, new])
     assert desk.holds(None)
+
+
+def test_what_another_machine_refined_is_found_after_rows_were_removed(
+    tmp_path: Path, turns: type[InTurn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, "flat")
+    refine_rows = ss.Refiner.refine_rows
+
+    def elsewhere(self: ss.Refiner, *args: Any) -> Vectors:  # noqa: ANN401
+        refined: Vectors = refine_rows(self, *args) * np.float32(1 + 3e-7)
+        return refined
+
+    turns.at = PARTS + 3
+    with monkeypatch.context() as patch:
+        patch.setattr(ss.Refiner, "refine_rows", elsewhere)
+        with pytest.raises(Killed):
+            desk.refine()
+    vectors = np.stack([desk.rows()[i] for i in range(EDGES[1])])
+    vectors[1, 0] = np.inf  # the application's
+    desk.write(0, None, vectors[1:])
+    assert not ss.rollback(open_store(desk.uri))["exact"]
+    desk.ids, desk.vectors = desk.ids[:-1], np.concatenate([vectors[1:2], desk.vectors[2:]])
+    assert desk.holds(None)
