@@ -29,10 +29,11 @@ from simskip_vdb.residence import Resident
 QUERY_TEMPERATURE = 0.05
 ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
 
-MINED = 64  # rows mined for each query; those that are nearest as rows move are hard negatives
-HARD_NEGATIVES = 16  # of them, as ranked last; a step takes HARD_PER_STEP of these
+HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
+MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom
+SELDOM = 0.25  # part of the rows that are columns of a step
 HARD_PER_STEP = 4
-RANKED = 256  # queries whose mined rows are ranked at once
+RANKED = 64  # queries whose mined rows are ranked at once
 NEIGHBOURS = 5  # positives of a row where nothing else is known
 NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
 MAX_OFFSETS = 250_000  # of more, each would be drawn too seldom to be learnt
@@ -150,7 +151,7 @@ class Sampler:
         self._rng = rng
         self._device = device
         self._rows = np.flatnonzero(problem.usable)
-        self._all_are_columns = len(self._rows) <= settings.columns
+        self._drawn_seldom = settings.columns < SELDOM * len(self._rows)
         self._column_of = np.full(n, -1, dtype=np.int64)
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
@@ -167,7 +168,7 @@ class Sampler:
         self.offset_rows = np.empty(0, dtype=np.int64)
         if self._by_queries:
             asked = self._pairs.vectors[self.anchors]
-            k = HARD_NEGATIVES if self._all_are_columns else MINED
+            k = MINED if self._drawn_seldom else HARD_NEGATIVES
             self._mined = nearest(asked, problem.vectors, self._rows, k=k, device=device)
             hard = self._mined[:, :HARD_NEGATIVES]
             self._hard = np.full((len(self._pairs.vectors), hard.shape[1]), -1)
@@ -228,7 +229,7 @@ class Sampler:
             refine: Maps unit rows, shape (n, d), and places of their offsets, shape (n,), to
                 refined unit rows.
         """
-        if not self._by_queries or self._all_are_columns:
+        if not self._by_queries or not self._drawn_seldom:
             return
         for start in range(0, len(self.anchors), RANKED):
             some = self.anchors[start : start + RANKED]
@@ -256,7 +257,7 @@ class Sampler:
     def _columns(self, batch: Positions) -> Positions:
         """Return a positive and hard negatives of each anchor, and random rows to fill up."""
         size = self._settings.columns
-        if self._all_are_columns:
+        if len(self._rows) <= size:
             return self._rows
         hard = self._hard[batch]
         hard = hard[:, self._rng.permutation(hard.shape[1])[:HARD_PER_STEP]]

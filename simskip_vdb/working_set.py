@@ -9,10 +9,12 @@ import numpy as np
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions
 from simskip_vdb.pairs import OnDisk, grouped_rows, judged_pairs, nearest
-from simskip_vdb.sampling import MAX_OFFSETS, MINED, Problem
+from simskip_vdb.sampling import HARD_PER_STEP, MAX_OFFSETS, MINED, Problem
 
-WORKING_SET = 2**18
+WORKING_SET = 2**16
 """Rows that a fit draws from, beside those that judgments or groups point to."""
+MOST_MINED = 2**17
+"""Rows mined for all queries together, if that leaves `HARD_PER_STEP` for each."""
 
 
 def working_set(problem: Problem, signal: Signal, settings: FitSettings) -> Problem:
@@ -70,7 +72,8 @@ def _judged(
     """Return the rows that queries point to, and those that are mined for them."""
     pairs = judged_pairs(queries, problem.usable)
     asked = pairs.vectors[pairs.anchors]
-    mined = nearest(asked, rows, usable, k=MINED, device=device)
+    k = max(HARD_PER_STEP, min(MINED, MOST_MINED // len(asked)))
+    mined = nearest(asked, rows, usable, k=k, device=device)
     return [pairs.rows_with_anchors(), mined.ravel()]
 
 

@@ -416,7 +416,7 @@ class Killed(Exception):
     """Stands for a process that ends in the middle of a fit."""
 
 
-@pytest.mark.parametrize("columns", [64, 4096])
+@pytest.mark.parametrize("columns", [50, 4096])
 @pytest.mark.parametrize("signal", list(Signal))
 def test_an_interrupted_fit_goes_on_to_the_same_bits(
     problem: Problem,
@@ -480,7 +480,7 @@ def test_vectors_on_the_device_are_those_that_are_sent(
 def test_hard_negatives_are_the_mined_rows_nearest_as_rows_are_now(
     problem: Problem, side: Side
 ) -> None:
-    settings = replace(QUICK, columns=100, side=side)
+    settings = replace(QUICK, columns=50, side=side)
     sampler = Sampler(problem, Signal.JUDGED, settings, np.random.default_rng(0), "cpu")
     unit = problem.vectors / np.linalg.norm(problem.vectors, axis=1, keepdims=True)
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0].astype(np.float32)
