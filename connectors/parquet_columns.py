@@ -36,6 +36,10 @@ class Columns:
         self.payload = tuple(n for n in file.schema_arrow.names if n not in (key, vector))
         self.ids = self._read_ids()
         self.dim = self._find_dim()
+        if not self.dim:
+            raise DataError(
+                f"{uri}: the first row has no number in the column '{vector}'; fill or remove it"
+            )
 
     @property
     def details(self) -> Mapping[str, Any]:
@@ -162,8 +166,8 @@ def read_columns(path: Path, uri: str, key: str, vector: str) -> Columns:
 
     Raises:
         ConfigError: It has no such columns.
-        UnsupportedIndexError: They are of another kind.
-        DataError: A row has no id.
+        UnsupportedIndexError: They are of another kind, or other columns could not be written back.
+        DataError: A row has no id, or the first no vector.
         StoreError: It is no Parquet file, or damaged.
     """
     with reading(uri):
@@ -175,7 +179,37 @@ def read_columns(path: Path, uri: str, key: str, vector: str) -> Columns:
                 f"{uri}: there is no one column '{name}'; there are: {', '.join(names)}. Name it "
                 f"in the address: ?{option}=NAME"
             )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UnsupportedIndexError(
+            f"{uri}: several columns are called '{twice[0]}'; give each a name of its own"
+        )
+    _refuse_far_times(path, file, uri)
     return Columns(file, uri, key, vector)
+
+
+def _refuse_far_times(path: Path, file: Any, uri: str) -> None:  # noqa: ANN401 pyarrow
+    """Refuse times that pyarrow would write back as others.
+
+    It reads those of 96 bits, as Spark writes them, as nanoseconds, and wraps them around silently
+    outside 1677…2262.
+    """
+    schema, leaves = file.schema, range(len(file.schema))
+    old = [schema.column(i).path for i in leaves if schema.column(i).physical_type == "INT96"]
+    names = sorted({leaf.partition(".")[0] for leaf in old} & {*file.schema_arrow.names})
+    with reading(uri):
+        micros = pq.ParquetFile(path, coerce_int96_timestamp_unit="us") if names else file
+    for name in names:
+        for group in range(file.num_row_groups):
+            with reading(uri):
+                column = micros.read_row_group(group, columns=[name])[name]
+            try:
+                column.cast(file.schema_arrow.field(name).type)
+            except pa.ArrowException as error:
+                raise UnsupportedIndexError(
+                    f"{uri}: the column '{name}' holds times of 96 bits that nanoseconds do not "
+                    "reach, so they could not be written back; write it as TIMESTAMP_MICROS"
+                ) from error
 
 
 def rewrite(columns: Columns, target: Path, lay_over: LayOver) -> None:

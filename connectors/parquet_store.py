@@ -72,7 +72,8 @@ class ParquetFolder(Parted):
         check_fields(fields, self._payload, self._uri)
 
     def _meant(self, path: Path) -> bool:
-        return not any(name[0] in "._" for name in path.relative_to(self._folder).parts)
+        hidden = any(name[0] in "._" for name in path.relative_to(self._folder).parts)
+        return not hidden and not path.is_dir()
 
 
 class ParquetStore:

@@ -71,9 +71,7 @@ class Parted:
         """Take the files under `root`, and how much larger a row's id is here than in its file."""
         self._uri, self._root, self._read_only = uri, root, read_only
         self._shifts = list(shifts)
-        starts = [0, *accumulate(len(store.ids) for store in stores)]
-        self._parts = [_Part(store, first) for store, first in zip(stores, starts, strict=False)]
-        self._order()
+        self._take(stores)
 
     def scan(
         self,
@@ -190,10 +188,13 @@ class Parted:
         )
 
     def reopen(self) -> None:
-        """Look at the files anew; see `Partitioned.reopen`."""
-        for part in self._parts:
-            part.store.reopen()
-        self._order()
+        """Look at the files anew, which may hold other rows by now; see `Partitioned.reopen`."""
+        stores = [part.store for part in self._parts]
+        for store in stores:
+            store.reopen()
+        if any(self._shifts[1:]):
+            self._shifts = _starts(stores)
+        self._take(stores)
 
     def _opener(self, path: Path, shift: int) -> Callable[[], RowStore]:
         """Return what opens one file as a store of the same rows, in any process."""
@@ -203,7 +204,9 @@ class Parted:
         """Refuse payload columns that rows do not have."""
         raise NotImplementedError
 
-    def _order(self) -> None:
+    def _take(self, stores: Sequence[PartFile]) -> None:
+        starts = _starts(stores)
+        self._parts = [_Part(store, first) for store, first in zip(stores, starts, strict=True)]
         ids = [part.store.ids + shift if shift else part.store.ids
                for part, shift in zip(self._parts, self._shifts, strict=True)]  # fmt: skip
         self._rows = RowOrder(np.concatenate(ids), self._uri)
@@ -296,6 +299,11 @@ class _Part:
         assert self.waiting is not None
         for positions, vectors in self.waiting.rows():
             yield VectorBatch(ids=self.store.ids[positions], vectors=vectors)
+
+
+def _starts(stores: Sequence[PartFile]) -> list[int]:
+    """Return how many rows are in the files before each."""
+    return [0, *accumulate(len(store.ids) for store in stores[:-1])]
 
 
 def check_alike(uri: str, stores: Sequence[tuple[Path, int, Metric]]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,21 @@ class Checkpoint:
     """A file that holds everything that the rest of a fit depends on.
 
     Args:
-        path: The file, of this fit alone; None to keep nothing.
+        path: The file; None to keep nothing.
+        problem: What is fitted, as arrays; what was saved of another problem is passed over.
         parts: Modules and optimisers by name.
         rng: Source of the draws.
     """
 
     def __init__(
-        self, path: Path | None, parts: Mapping[str, Any], rng: np.random.Generator
+        self,
+        path: Path | None,
+        problem: Iterable[NDArray[Any] | None],
+        parts: Mapping[str, Any],
+        rng: np.random.Generator,
     ) -> None:
         self._path = path
+        self._problem = "" if path is None else _digest(problem)
         self._parts = parts
         self._rng = rng
         self._time = time.monotonic()
@@ -49,7 +56,7 @@ class Checkpoint:
             saved = torch.load(self._path, weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             return 0, order  # a damaged file costs the time of the steps again, nothing more
-        if saved["torch"] != torch.__version__:
+        if (saved["torch"], saved.get("problem")) != (torch.__version__, self._problem):
             return 0, order
         for name, part in self._parts.items():
             part.load_state_dict(saved["parts"][name])
@@ -65,6 +72,7 @@ class Checkpoint:
         self._time = now
         state = {
             "torch": str(torch.__version__),
+            "problem": self._problem,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "numpy_random": json.dumps(self._rng.bit_generator.state),
             "torch_random": torch.get_rng_state(),
@@ -74,3 +82,12 @@ class Checkpoint:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_durably(self._path, buffer.getbuffer())
+
+
+def _digest(arrays: Iterable[NDArray[Any] | None]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(b"none" if array is None else f"{array.dtype.str}{array.shape}".encode())
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

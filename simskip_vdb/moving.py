@@ -142,7 +142,7 @@ class _Room:
             move &= (lengths > 0) & np.isfinite(lengths)
             scale = norms / np.where(move, lengths, 1.0)
             out *= scale.astype(np.float32)[:, None]
-            if norms.max(initial=0) > _PLAIN[1]:
+            if not ((norms < _PLAIN[1]) & (scale < _PLAIN[1])).all():  # which NaN is not either
                 move &= np.isfinite(out).all(axis=1)
         if not move.all():
             out[~move] = x[~move]

@@ -35,6 +35,8 @@ class OnDevice:
         none = np.zeros((1, formula.offsets.shape[1]), np.float32)
         self._offsets = self._there(np.concatenate([formula.offsets, none])) * formula.beta
         self._streams = [self._stream() for _ in range(STREAMS)]
+        if self._device.type == "cuda":  # other streams do not wait for what was sent on this one
+            torch.cuda.synchronize(self._device)
 
     def f(self, x: Vectors) -> None:
         """Return nothing to share: here computing again costs less than sending."""

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
@@ -123,7 +125,7 @@ def _train(
         parts = {"f": f, "project": project, "offsets": offsets, "dense": dense, "sparse": sparse}
         if sampler is not None:
             parts["sampler"] = sampler
-        kept = Checkpoint(checkpoint, parts, rng)
+        kept = Checkpoint(checkpoint, _told_apart_by(problem), parts, rng)
         done, order = kept.restore(order)
         for step in range(done + 1, total + 1):
             if sampler is not None and step % max(1, total // REFRESHED) == 0:
@@ -170,6 +172,13 @@ def _train(
         offset_ids=ids[by_id],
         offsets=offsets.weight.detach().cpu().numpy()[:m][by_id],
     )
+
+
+def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
+    """Return what fits of the same rows, in whatever order they are read, differ by."""
+    judged = problem.queries
+    told = [] if judged is None else [judged.vectors, judged.indptr, judged.rows, judged.grades]
+    return [problem.ids, problem.usable, problem.groups, problem.late, *told]
 
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:

@@ -270,3 +270,31 @@ def test_a_worker_that_was_out_of_reach_cannot_write_after_an_undo(
         with pytest.raises(StoppedError):
             again()
     assert desk.holds(None)
+
+
+def test_rows_that_came_while_workers_wrote_do_not_shift_others(
+    tmp_path: Path, turns: type[InTurn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = Desk(tmp_path, "parquet")
+    run = InTurn.run
+    new = np.ones((40, D), np.float32)
+
+    def grow(
+        self: InTurn, method: str, jobs: Sequence[Any], done: Callable[[Any, Any], None]
+    ) -> None:
+        run(self, method, jobs, done)
+        if method == "write":
+            ids, vectors = raw_rows(desk.folder / "0.parquet")
+            ids = np.concatenate([10_000 + np.arange(40), ids])
+            desk.write(0, ids, np.concatenate([new, vectors]))
+
+    def refuse(self: object, candidate: object) -> None:
+        raise StoreError("the disk is on fire")
+
+    monkeypatch.setattr(turns, "run", grow)
+    monkeypatch.setattr("simskip_vdb.measuring.ThroughIndex.accept", refuse)
+    with pytest.raises(StoreError, match="on fire"):
+        desk.refine()
+    desk.ids = np.concatenate([desk.ids, 10_000 + np.arange(40)])
+    desk.vectors = np.concatenate([desk.vectors, new])
+    assert desk.holds(None)

@@ -14,6 +14,7 @@ from parquet_files import raw_rows, write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.parquet_file import ParquetFile
 from simskip_vdb.datatypes import Metric, Vectors
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import (
@@ -169,6 +170,40 @@ def test_rows_that_cannot_be_refined_are_refused(tmp_path: Path, vectors: Vector
         open_store(f"parquet:{tmp_path / 'no.parquet'}")
     with pytest.raises(StoreNotFoundError):
         open_store(f"parquet:{tmp_path / 'gone.parquet'}")
+
+
+def test_columns_that_could_not_be_written_back_are_refused(
+    tmp_path: Path, vectors: Vectors
+) -> None:
+    path, none = tmp_path / "x.parquet", pa.array([[]] * N, pa.list_(pa.float32()))
+    table = pq.ParquetFile(write_rows(path, IDS, vectors)).read()
+    near, far = datetime(1900, 1, 1), datetime(9999, 12, 31)
+
+    def times(last: datetime) -> pa.Table:
+        seconds = pa.array([near] * (N - 1) + [last], pa.timestamp("us"))
+        nested = pa.StructArray.from_arrays([seconds], ["at"])
+        return table.append_column("when", nested).append_column("at", seconds)
+
+    pq.write_table(times(near), path, use_deprecated_int96_timestamps=True)
+    store = open_store(f"parquet:{path}")
+    assert isinstance(store, ParquetFile)
+    store.replace_keeping(store.scan(100), lambda _: None, keep=None, expected=store.sha256())
+    assert pq.ParquetFile(path).read()["at"].to_pylist() == [near] * N
+    pq.write_table(times(far), path, use_deprecated_int96_timestamps=True, row_group_size=70)
+    with pytest.raises(UnsupportedIndexError, match="holds times of 96 bits"):
+        open_store(f"parquet:{path}")
+    pq.write_table(table.append_column("a", table["id"]).append_column("a", table["id"]), path)
+    with pytest.raises(UnsupportedIndexError, match="several columns are called 'a'"):
+        open_store(f"parquet:{path}")
+    pq.write_table(table.set_column(1, "vector", none), path)
+    with pytest.raises(DataError, match="first row has no number"):
+        open_store(f"parquet:{path}")
+
+
+def test_a_folder_may_be_called_as_a_file_is(folder: Path) -> None:
+    (folder / "more.parquet").mkdir()
+    (folder / "0.parquet").rename(folder / "more.parquet" / "part-0.parquet")
+    assert open_store(f"parquet:{folder}").info().count == N
 
 
 def test_files_that_do_not_fit_together_are_refused(folder: Path, vectors: Vectors) -> None:

@@ -114,6 +114,21 @@ def test_tiny_and_huge_rows_move_like_any_other(
     np.testing.assert_allclose(found, refiner.refine_rows(rows, IDS), rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_that_would_overflow_stays_beside_one_that_is_not_finite() -> None:
+    towards = np.array([[30, 0, 0, 0]], np.float32)
+    one = Refiner(
+        dim=4,
+        side=Side.DOCS,
+        metric=Metric.DOT,
+        beta=1.0,
+        offset_ids=np.array([1]),
+        offsets=towards,
+    )
+    rows = np.array([[np.nan] * 4, [2.5e38] * 4], np.float32)
+    found = one.refine_rows(rows, np.arange(2))
+    assert np.array_equal(found.view(np.uint32), rows.view(np.uint32))
+
+
 def test_a_direction_that_vanishes_stays(rows: Vectors) -> None:
     unit = np.zeros((1, DIM), dtype=np.float32)
     unit[0, 0] = 1

@@ -466,6 +466,39 @@ def test_a_checkpoint_that_is_of_no_use_is_passed_over(
     assert again.id == whole.id
 
 
+@pytest.mark.parametrize("other", ["queries", "order", "usable"])
+def test_a_checkpoint_of_another_problem_is_passed_over(
+    problem: Problem, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
+    plan, file, settings = Plan(alpha=1.0, beta=1.0), tmp_path / "fit", replace(QUICK, steps=4)
+    fit_refiner(problem, settings, never, plan=plan, checkpoint=file)
+    assert problem.queries is not None
+    if other == "queries":  # of as many as before
+        few = problem.queries.subset(np.arange(QUERIES) % 2 == 0)
+        fit_refiner(replace(problem, queries=few), settings, never, plan=plan, checkpoint=file)
+        problem = replace(problem, queries=problem.queries.subset(np.arange(QUERIES) % 2 == 1))
+    elif other == "order":  # the same rows and judgments, read from the last to the first
+        queries = replace(problem.queries, rows=ROWS - 1 - problem.queries.rows)
+        problem = replace(
+            problem, ids=problem.ids[::-1], vectors=problem.vectors[::-1], queries=queries
+        )
+    else:
+        problem = replace(problem, usable=np.arange(ROWS) != problem.queries.rows[0])
+    alone = fit_refiner(problem, settings, never, plan=plan).refiner
+    steps: list[int] = []
+    found = fit_refiner(
+        problem,
+        settings,
+        never,
+        plan=plan,
+        progress=lambda done, total, stage: steps.append(done),
+        checkpoint=file,
+    ).refiner
+    assert steps == [1, 2, 3, 4]
+    assert found.id == alone.id
+
+
 def test_vectors_on_the_device_are_those_that_are_sent(
     problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
