@@ -176,9 +176,11 @@ def _train(
 
 def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
     """Return what fits of the same rows, in whatever order they are read, differ by."""
-    judged = problem.queries
-    told = [] if judged is None else [judged.vectors, judged.indptr, judged.rows, judged.grades]
-    return [problem.ids, problem.usable, problem.groups, problem.late, *told]
+    told: list[NDArray[Any] | None] = [problem.ids, problem.usable, problem.groups, problem.late]
+    if problem.queries is not None:
+        judged = problem.queries
+        told += [judged.vectors, judged.indptr, judged.rows, judged.grades]
+    return told
 
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:

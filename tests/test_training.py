@@ -473,18 +473,19 @@ def test_a_checkpoint_of_another_problem_is_passed_over(
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
     plan, file, settings = Plan(alpha=1.0, beta=1.0), tmp_path / "fit", replace(QUICK, steps=4)
     fit_refiner(problem, settings, never, plan=plan, checkpoint=file)
-    assert problem.queries is not None
+    judged = problem.queries
+    assert judged is not None
     if other == "queries":  # of as many as before
-        few = problem.queries.subset(np.arange(QUERIES) % 2 == 0)
+        few = judged.subset(np.arange(QUERIES) % 2 == 0)
         fit_refiner(replace(problem, queries=few), settings, never, plan=plan, checkpoint=file)
-        problem = replace(problem, queries=problem.queries.subset(np.arange(QUERIES) % 2 == 1))
+        problem = replace(problem, queries=judged.subset(np.arange(QUERIES) % 2 == 1))
     elif other == "order":  # the same rows and judgments, read from the last to the first
-        queries = replace(problem.queries, rows=ROWS - 1 - problem.queries.rows)
+        queries = replace(judged, rows=ROWS - 1 - judged.rows)
         problem = replace(
             problem, ids=problem.ids[::-1], vectors=problem.vectors[::-1], queries=queries
         )
     else:
-        problem = replace(problem, usable=np.arange(ROWS) != problem.queries.rows[0])
+        problem = replace(problem, usable=np.arange(ROWS) != judged.rows[0])
     alone = fit_refiner(problem, settings, never, plan=plan).refiner
     steps: list[int] = []
     found = fit_refiner(
