@@ -14,6 +14,7 @@ verify.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import resource
 import subprocess
@@ -132,9 +133,8 @@ def make(folder: Path, rows: int, queries: int, dim: int) -> None:
 
 def run(method: str, folder: Path) -> dict[str, Any]:
     """Run a method here, and measure what became of retrieval on its test queries."""
-    import torch  # noqa: F401 what is resident after imports
-    from nudge import NUDGEN  # noqa: F401
-
+    for module in ("faiss", "ir_measures", "nudge", "pyarrow.ipc", "scipy.stats", "torch"):
+        importlib.import_module(module)
     import simskip_vdb as ss
     from simskip_vdb import pipeline, training  # noqa: F401
     from simskip_vdb.datatypes import Split

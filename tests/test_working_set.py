@@ -11,7 +11,7 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Metric, Positions, Vectors
 from simskip_vdb.pairs import judged_pairs, nearest
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.sampling import HARD_NEGATIVES, Problem
+from simskip_vdb.sampling import Problem
 from simskip_vdb.training import Plan, fit_refiner
 
 ROWS, QUERIES, DIM = 1500, 20, 12
@@ -93,6 +93,7 @@ def test_rows_on_disk_that_fit_are_the_same_as_rows_in_memory(
 def test_all_that_judgments_point_to_is_taken(
     problem: Problem, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(working_set, "MINED", 16)
     monkeypatch.setattr(working_set, "WORKING_SET", 60)
     small = working_set.working_set(problem, Signal.JUDGED, QUICK)
     assert problem.queries is not None
@@ -108,7 +109,7 @@ def test_all_that_judgments_point_to_is_taken(
     assert np.array_equal(small.late, problem.late[places])
     pairs = judged_pairs(problem.queries, problem.usable)
     rows = np.flatnonzero(problem.usable)
-    hard = nearest(pairs.vectors, stored.vectors, rows, k=HARD_NEGATIVES, device="cpu")
+    hard = nearest(pairs.vectors, stored.vectors, rows, k=16, device="cpu")
     assert np.isin(hard, places).all()
     pointed_to = np.union1d(hard, pairs.rows_with_anchors())
     assert 30 < np.setdiff1d(places, pointed_to).size <= 60
