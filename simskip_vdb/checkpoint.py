@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from simskip_vdb.durable import write_durably
 
 SECONDS = 60.0
 """Time between two checkpoints, which is the most that is lost."""
+_CHECKSUM = hashlib.sha256().digest_size
 
 
 class Checkpoint:
@@ -53,9 +53,13 @@ class Checkpoint:
         if self._path is None or not self._path.is_file():
             return 0, order
         try:
-            saved = torch.load(self._path, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            return 0, order  # a damaged file costs the time of the steps again, nothing more
+            with open(self._path, "rb") as file:
+                checksum, content = file.read(_CHECKSUM), file.read()
+            if hashlib.sha256(content).digest() != checksum:
+                return 0, order  # damage costs the time of the steps again, nothing more
+            saved = torch.load(io.BytesIO(content), weights_only=True)
+        except (OSError, RuntimeError):  # it cannot be read, or is of a device that is not here
+            return 0, order
         if (saved["torch"], saved.get("problem")) != (torch.__version__, self._problem):
             return 0, order
         for name, part in self._parts.items():
@@ -80,8 +84,11 @@ class Checkpoint:
             "order": torch.as_tensor(order),
         }
         buffer = io.BytesIO()
+        buffer.write(bytes(_CHECKSUM))
         torch.save(state, buffer)
-        write_durably(self._path, buffer.getbuffer())
+        content = buffer.getbuffer()
+        content[:_CHECKSUM] = hashlib.sha256(content[_CHECKSUM:]).digest()
+        write_durably(self._path, content)
 
 
 def _digest(arrays: Iterable[NDArray[Any] | None]) -> str:

@@ -449,7 +449,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(
     assert resumed.id == whole.id
 
 
-@pytest.mark.parametrize("damage", ["short", "noise", "version"])
+@pytest.mark.parametrize("damage", ["short", "noise", "pickle", "bit", "version"])
 def test_a_checkpoint_that_is_of_no_use_is_passed_over(
     problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -461,7 +461,10 @@ def test_a_checkpoint_that_is_of_no_use_is_passed_over(
     if damage == "version":
         monkeypatch.setattr(torch, "__version__", "0")
     else:
-        file.write_bytes(content[: len(content) // 2] if damage == "short" else b"noise" * 99)
+        half = len(content) // 2
+        bit = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        damaged = {"short": content[:half], "noise": b"noise" * 99, "pickle": b"\x80\x04."}
+        file.write_bytes({**damaged, "bit": bit}[damage])
     again = fit_refiner(problem, settings, never, plan=plan, checkpoint=file).refiner
     assert again.id == whole.id
 
