@@ -46,6 +46,10 @@ class MissingDependencyError(SimskipError, ImportError):
         self.package = package
         self.extra = extra
 
+    def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[str, str]]:
+        """Let it come back from another process."""
+        return type(self), (self.package, self.extra)
+
 
 class DataError(SimskipError, ValueError):
     """Vectors or judgments that cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.crew import Crew, Worker
 from simskip_vdb.datatypes import Metric, Vectors
-from simskip_vdb.errors import StoppedError, StoreError, TransientStoreError
+from simskip_vdb.errors import MissingDependencyError, StoppedError, StoreError, TransientStoreError
 from simskip_vdb.fence import CREW, at_work, send_out, shut_out
 from simskip_vdb.journal import Journal
 from simskip_vdb.report import Report
@@ -321,3 +322,9 @@ def test_what_another_machine_refined_is_found_after_rows_were_removed(
     assert not ss.rollback(open_store(desk.uri))["exact"]
     desk.ids, desk.vectors = desk.ids[:-1], np.concatenate([vectors[1:2], desk.vectors[2:]])
     assert desk.holds(None)
+
+
+def test_a_missing_package_is_told_from_another_process() -> None:
+    error = MissingDependencyError("faiss", "faiss")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.package) == (str(error), "faiss")
