@@ -39,6 +39,7 @@ from simskip_vdb.workspace import Settings, Workspace, open_workspace
 
 OURS = {
     "ours, judged, docs": (Signal.JUDGED, Side.DOCS),
+    "ours, judged, docs, growing": (Signal.JUDGED, Side.DOCS),
     "ours, judged, both": (Signal.JUDGED, Side.BOTH),
     "ours, groups, docs": (Signal.GROUPS, Side.DOCS),
     "ours, groups, both": (Signal.GROUPS, Side.BOTH),
@@ -108,7 +109,11 @@ def _opened(dataset: Dataset, name: str, seed: int) -> Iterator[Workspace]:
     ids = np.arange(len(dataset.vectors))
     store = MemoryStore(ids, dataset.vectors, Metric.DOT)
     with tempfile.TemporaryDirectory() as state:
-        settings = Settings(fit=FitSettings(seed=seed, signal=signal, side=side), state=Path(state))
+        settings = Settings(
+            fit=FitSettings(seed=seed, signal=signal, side=side),
+            growing="growing" in name,
+            state=Path(state),
+        )
         with open_workspace(store, dataset.judgments, settings, silent) as space:
             yield space
 
@@ -250,6 +255,7 @@ def _gate(
         chosen=compare(before, after, look_level(1), seed),
         strata=compare_strata(before, after, seen, seed),
         late_rows=late,
+        growing=space.settings.growing,
     )
     return decide(evidence).to_dict()
 
