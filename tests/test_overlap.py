@@ -107,6 +107,7 @@ def test_a_signal_ends_it(number: signal.Signals) -> None:
     code = (
         "import signal, sys, time\n"
         "from simskip_vdb.overlap import ahead\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells ignore it behind &
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         "def slow():\n"
         "    while True:\n"
