@@ -68,13 +68,14 @@ def killed_after_switch(
 ) -> tuple[Rows, str]:
     before = engine.rows()
 
-    def die(self: Journal, ids: object, digests: object) -> None:
+    def die(self: Journal, *, happened: bool, done: object) -> None:
         raise Killed
 
     with monkeypatch.context() as dying:
-        dying.setattr(Journal, "save_written", die)
+        dying.setattr(Journal, "settle", die)
         with pytest.raises(Killed):
             refine(engine, settings(refiner))
+    assert engine.leads_to() != COLLECTION
     return before, engine.leads_to()
 
 
