@@ -241,19 +241,22 @@ def _edge_limits(cell: Cell) -> dict[str, float]:
 
 
 def stages(cell: Cell) -> dict[str, Any]:
-    """Measure each stage alone, and beside every block that is moved its bare products."""
+    """Measure each stage alone, and the bare products of what is moved."""
     moving = ss.Refiner.load(Path(cell.folder) / "refiner")
-    bare, best = _Products(moving), math.inf
+    best = math.inf
     ids = cell.ids()
     spent = {"apply": 0.0, "write": 0.0, "verify": 0.0}
     with _opened(cell) as store, Journal(Path(cell.folder) / "state", store.info()) as journal:
         begin = time.perf_counter()
         rows = snapshot(store, journal).rows
         read = time.perf_counter() - begin
+        # Threads of BLAS spin for a while after a product, so the two are not done in turns.
         for start, block in rows.blocks():
             begin = time.perf_counter()
             moving.refine_rows(block, ids[start : start + len(block)])
             spent["apply"] += time.perf_counter() - begin
+        bare = _Products(moving)
+        for _, block in rows.blocks():
             best = min(best, bare(block) / len(block))
         batches = (
             VectorBatch(ids=rows.ids[start : start + len(block)], vectors=block)
