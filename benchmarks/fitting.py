@@ -54,7 +54,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (int(options.memory * 2**30),) * 2)
         print(json.dumps(run(method, Path(folder))))
         return
-    results = []
+    settings = {"queries": options.queries, "dim": options.dim, "memory_gib": options.memory}
+    results: list[dict[str, Any]] = []
     for rows in options.rows or [200_000, 2_000_000]:
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary), rows, options.queries, options.dim)
@@ -62,9 +63,8 @@ def main() -> None:
                 found = measure(method, Path(temporary), options.memory)
                 results.append({"method": method, "rows": rows, **found})
                 print(json.dumps(results[-1]), flush=True)
-    settings = {"queries": options.queries, "dim": options.dim, "memory_gib": options.memory}
-    print(f"saved {machine.save('fitting', {**settings, 'runs': results})}")
-    machine.put(DOCS, "fitting", table(results, options.dim, options.memory))
+                machine.save("fitting", {**settings, "runs": results})
+                machine.put(DOCS, "fitting", table(results, options.dim, options.memory))
 
 
 def table(results: list[dict[str, Any]], dim: int, memory: float) -> str:
