@@ -145,7 +145,7 @@ def run(method: str, folder: Path) -> dict[str, Any]:
     from simskip_vdb.datatypes import Split
     from simskip_vdb.workspace import open_workspace
 
-    resident = memory("VmRSS")
+    resident = machine.memory("VmRSS")
     store = ss.open_store(str(folder / "index.faiss"))
     files = ss.JudgmentFiles(
         queries=str(folder / "queries.npy"),
@@ -155,11 +155,11 @@ def run(method: str, folder: Path) -> dict[str, Any]:
     judgments = ss.read_judgments(files)
     settings = ss.Settings(state=folder / method)
     if method == "refine":
-        reset_peak()
+        machine.reset_peak()
         start = time.perf_counter()
         report = ss.refine(store, judgments, settings)
         seconds = time.perf_counter() - start
-        peak = memory("VmHWM") - resident
+        peak = machine.memory("VmHWM") - resident
         assert report.gate is not None
         if report.gate.passed:
             ss.rollback(store, state=settings.state)
@@ -173,14 +173,14 @@ def run(method: str, folder: Path) -> dict[str, Any]:
         }
     with open_workspace(store, judgments, settings, lambda *_: None) as space:
         before = ndcg(space, space.rows.blocks(), Split.TEST)
-        reset_peak()
+        machine.reset_peak()
         start = time.perf_counter()
         if method == "NUDGE-N":
             blocks = nudge(space, np.load(folder / "rows.npy"))
         else:
             blocks = ours(space, folder)
         seconds = time.perf_counter() - start
-        peak = memory("VmHWM") - resident
+        peak = machine.memory("VmHWM") - resident
         after = ndcg(space, blocks, Split.TEST)
         data = len(space.rows) * space.info.dim * 4
     return {"seconds": seconds, "peak_bytes": peak, "data_bytes": data, "ndcg": [before, after]}
@@ -229,18 +229,6 @@ def ndcg(space: Any, blocks: Any, split: Any) -> float:  # noqa: ANN401
 
 def unit(x: NDArray[Any]) -> Floats:
     return np.asarray(x / np.linalg.norm(x, axis=-1, keepdims=True), np.float32)
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(name: str) -> int:
-    """Return a line of this process's status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,19 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def reset_peak() -> None:
+    """Let the peak of this process's memory begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(name: str) -> int:
+    """Return what the system says of this process's memory, such as ``VmHWM``, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
 def put(document: Path, name: str, table: str) -> None:
     """Put a script's table between its marks in a document."""
     document.write_text(with_table(document.read_text(), name, table))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import faiss
 import machine
 import numpy as np
-from speed_cells import memory, refiner
+from speed_cells import refiner
 
 import simskip_vdb as ss
 from simskip_vdb import crew, pipeline
@@ -180,12 +180,12 @@ def run(work: Path, kind: str, dim: int, rows: int) -> dict[str, float]:
 @contextmanager
 def most_memory() -> Iterator[list[float]]:
     """Watch this process's own memory, without the pages of files that it maps."""
-    before = memory("RssAnon")
+    before = machine.memory("RssAnon")
     peak, done = [0.0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.002):
-            peak[0] = max(peak[0], memory("RssAnon") - before)
+            peak[0] = max(peak[0], machine.memory("RssAnon") - before)
 
     thread = threading.Thread(target=watch)
     thread.start()

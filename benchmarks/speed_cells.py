@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import machine
 import numpy as np
 
 import simskip_vdb as ss
@@ -155,13 +156,13 @@ def refine(cell: Cell) -> dict[str, Any]:
 
         _timed(EdgeStore, "settle", spent, "index")
     settings = ss.Settings(refiner=Path(cell.folder) / "refiner", accept_unmeasured=True)
-    reset_peak()
-    resident = memory("VmRSS")
+    machine.reset_peak()
+    resident = machine.memory("VmRSS")
     begin, busy = time.perf_counter(), time.process_time()
     with _opened(cell) as store:
         report = pipeline.refine(store, ss.Judgments(), settings)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - busy
-        peak = memory("VmHWM") - resident
+        peak = machine.memory("VmHWM") - resident
         assert report.written is not None, report
         assert report.written["rows"] == cell.rows, report.gate
         ss.rollback(store)
@@ -338,19 +339,6 @@ def _seconds(do: Callable[[], object]) -> float:
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
-
-
-def reset_peak() -> None:
-    """Let the peak of this process's memory begin anew."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def memory(name: str) -> int:
-    """Return what the system says of this process's memory, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
 
 
 COMMANDS: dict[str, Callable[[Cell], dict[str, Any]]] = {
