@@ -133,16 +133,22 @@ def _build_shard(cell: Cell) -> None:
     cell.path.mkdir()
     settings = edge.EdgeVectorParams(size=cell.dim, distance=edge.Distance.Dot)
     with closing(edge.EdgeShard.create(str(cell.path), edge.EdgeConfig(vectors=settings))) as shard:
-        done = 0
-        for block in cell.blocks():
-            for start in range(0, len(block), PAGE):
-                page = block[start : start + PAGE].tolist()
-                points = [edge.Point(done + at, row) for at, row in enumerate(page)]
-                shard.update(edge.UpdateOperation.upsert_points(points))
-                done += len(page)
+        for first, page in _pages(cell):
+            points = [edge.Point(first + at, row) for at, row in enumerate(page)]
+            shard.update(edge.UpdateOperation.upsert_points(points))
         shard.flush()
         shard.optimize()
         shard.flush()
+
+
+def _pages(cell: Cell) -> Iterator[tuple[int, list[list[float]]]]:
+    """Yield pages of rows as the engine takes them, each with the number of its first row."""
+    first = 0
+    for block in cell.blocks():
+        for start in range(0, len(block), PAGE):
+            page = block[start : start + PAGE].tolist()
+            yield first, page
+            first += len(page)
 
 
 def refine(cell: Cell) -> dict[str, Any]:
@@ -228,13 +234,9 @@ def _edge_limits(cell: Cell) -> dict[str, float]:
                 return
 
     def update() -> None:
-        done = 0
-        for block in cell.blocks():
-            for at in range(0, len(block), PAGE):
-                page = block[at : at + PAGE].tolist()
-                changes = [edge.PointVectors(done + i, row) for i, row in enumerate(page)]
-                shard.update(edge.UpdateOperation.update_vectors(changes))
-                done += len(page)
+        for first, page in _pages(cell):
+            changes = [edge.PointVectors(first + at, row) for at, row in enumerate(page)]
+            shard.update(edge.UpdateOperation.update_vectors(changes))
 
     with closing(edge.EdgeShard.load(str(cell.path))) as shard:
         making = _seconds(lambda: [None for _ in cell.blocks()])
