@@ -234,15 +234,14 @@ class Sampler:
         for start in range(0, len(self.anchors), RANKED):
             some = self.anchors[start : start + RANKED]
             mined = self._mined[start : start + RANKED]  # (a, k)
-            rows, place = np.unique(mined, return_inverse=True)
+            rows = mined.ravel()
             unit, _ = _unit(self._vectors.take(rows))
-            refined = refine(unit, self._tensor(self._slot_of[rows]))
+            near = refine(unit, self._tensor(self._slot_of[rows]))
             queries, _ = _unit(self._anchor_vectors.take(some))
             if self._settings.side is Side.BOTH:
                 none = np.full(len(queries), len(self.offset_rows))
                 queries = refine(queries, self._tensor(none))
-            near = refined[self._tensor(place.reshape(mined.shape))]  # (a, k, d)
-            scores = torch.einsum("ad,akd->ak", queries, near)
+            scores = torch.einsum("ad,akd->ak", queries, near.view(*mined.shape, -1))
             best = scores.topk(self._hard.shape[1], dim=1).indices.cpu().numpy()
             self._hard[some] = np.take_along_axis(mined, best, axis=1)
 
@@ -262,9 +261,13 @@ class Sampler:
         hard = self._hard[batch]
         hard = hard[:, self._rng.permutation(hard.shape[1])[:HARD_PER_STEP]]
         wanted = np.union1d(self._pairs.draw(batch, self._rng), hard)
+        # As many columns in every step: oneDNN compiles a product for each shape, and keeps it.
+        free = self._problem.usable.copy()
+        free[wanted] = False
+        others = np.flatnonzero(free)
         count = max(size - len(wanted), 0)
-        others = self._rng.choice(len(self._rows), count, replace=False, shuffle=False)
-        return np.union1d(wanted, self._rows[others])
+        drawn = self._rng.choice(len(others), count, replace=False, shuffle=False)
+        return np.union1d(wanted, others[drawn])
 
     def _pseudo(self, queries: Tensor, raw: Tensor, targets: Targets, columns: Positions) -> Tensor:
         """Return rows that no judgment points to, each moved as a query is from its row."""

@@ -76,7 +76,7 @@ def fit_refiner(
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
-    with _threads():
+    with _at_full_speed():
         whole = _train(problem, settings, signal, progress, checkpoint)
     fitted = Fitted(whole=whole, plan=plan or IDENTITY, trials=(), signal=signal)
     if plan is not None:
@@ -203,15 +203,24 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
 
 
 @contextmanager
-def _threads() -> Iterator[None]:
-    """Use all threads of torch if they wait asleep, else half of the cores."""
-    before = torch.get_num_threads()
+def _at_full_speed() -> Iterator[None]:
+    """Use all threads of torch if they wait asleep, else half of the cores; and oneDNN's products.
+
+    Those are more than twice as fast as MKL's where the processor is not Intel's. They are taken
+    where bfloat16 is allowed, and are float32 but on processors with tiles of bfloat16 (AMX).
+    """
+    threads, products = torch.get_num_threads(), getattr(torch.backends.mkldnn, "matmul", None)
+    precision = getattr(products, "fp32_precision", None)
     if not asleep():
-        torch.set_num_threads(min(before, max(1, (os.cpu_count() or 1) // 2)))
+        torch.set_num_threads(min(threads, max(1, (os.cpu_count() or 1) // 2)))
+    if products is not None:  # torch 2.9 and newer
+        products.fp32_precision = "bf16"
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        if products is not None:
+            products.fp32_precision = precision
 
 
 @contextmanager
