@@ -10,10 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Mask, Positions, Vectors
 from simskip_vdb.overlap import cores
+from simskip_vdb.threads import blas_on_one_thread
 
 PIECE = 512
 """Rows that go through the products at once."""
@@ -74,15 +72,18 @@ class Formula:
             known = None if f is None else f[piece]
             room.apply(x[piece], slots[piece], move[piece], known, out)
 
-        return self._by_pieces(x, apply)
+        # Where f is known, what is left is little: whoever shares f has more threads to give.
+        return self._by_pieces(x, apply, cores() if f is None else 1)
 
     def f(self, x: Vectors) -> Vectors:
         """Return what f makes of rows, without its factor, shape (n, d): others may share it."""
-        found = self._by_pieces(x, lambda room, piece, out: room.f(x[piece], out))
+        found = self._by_pieces(x, lambda room, piece, out: room.f(x[piece], out), cores())
         found /= np.float32(self.alpha)
         return found
 
-    def _by_pieces(self, x: Vectors, do: Callable[[_Room, slice, Vectors], None]) -> Vectors:
+    def _by_pieces(
+        self, x: Vectors, do: Callable[[_Room, slice, Vectors], None], threads: int
+    ) -> Vectors:
         out = np.empty_like(x)
         starts = iter(range(0, len(x), PIECE))
 
@@ -92,8 +93,8 @@ class Formula:
                 piece = slice(start, start + PIECE)
                 do(room, piece, out[piece])
 
-        workers = min(cores(), -(-len(x) // PIECE))
-        with _blas_on_one_thread():
+        workers = min(threads, -(-len(x) // PIECE))
+        with blas_on_one_thread():
             if workers < 2:
                 work(starts)
             else:
@@ -180,28 +181,3 @@ def _divisors(norms: NDArray[np.float64]) -> NDArray[Any]:
     """Return norms to divide rows by, shape (b, 1), as float32 where that loses nothing."""
     plain = ((norms > _PLAIN[0]) & (norms < _PLAIN[1])).all()
     return norms[:, None].astype(np.float32) if plain else norms[:, None]
-
-
-_lock = Lock()
-_held: list[Any] = []
-
-
-@contextmanager
-def _blas_on_one_thread() -> Iterator[None]:
-    """Keep BLAS, which has one setting for all threads, to one while anybody needs it so."""
-    with _lock:
-        _held.append(_held[0] if _held else _blas().limit(limits=1, user_api="blas"))
-    try:
-        yield
-    finally:
-        with _lock:
-            limit = _held.pop()
-            if not _held:
-                limit.restore_original_limits()
-
-
-@cache
-def _blas() -> Any:  # noqa: ANN401 untyped
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController()

@@ -6,9 +6,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from simskip_vdb.evaluation import (
 from simskip_vdb.journal import IN_PLACE, KNOWN, Journal, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
+from simskip_vdb.overlap import cores
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
@@ -40,6 +42,7 @@ from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.search import ExactSearch
 from simskip_vdb.store import Marked, RowWritable, VectorStore
 from simskip_vdb.targets import holding
+from simskip_vdb.threads import blas_on_one_thread
 
 Blocks = Iterable[tuple[int, Vectors]]
 POINTER = "state-is-elsewhere"
@@ -244,14 +247,28 @@ class Workspace:
         ]
         placed = [self.placed(refiner) for refiner in refiners]
         using_f = next((refiner for refiner in placed if refiner.layers), placed[0])
-        for start, block in self._watched(self.rows.blocks()):
-            f = using_f.f(block)
-            for refiner, search in zip(placed, searches, strict=True):
-                search.add(start, self.refined(refiner, start, block, late, f))
+        with ThreadPoolExecutor(cores()) as pool, blas_on_one_thread():
+            for start, block in self._watched(self.rows.blocks()):
+                add = partial(
+                    self._add_refined, start=start, block=block, late=late, f=using_f.f(block)
+                )
+                list(pool.map(add, searches, placed))
         return [
             float(score(judged, search.found().ids, self.measures[:1])[self.measure].mean())
             for search in searches
         ]
+
+    def _add_refined(
+        self,
+        search: ExactSearch,
+        refiner: Refiner,
+        *,
+        start: int,
+        block: Vectors,
+        late: Mask | None,
+        f: Vectors | None,
+    ) -> None:
+        search.add(start, self.refined(refiner, start, block, late, f))
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""
