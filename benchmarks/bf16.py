@@ -3,7 +3,7 @@
     python benchmarks/bf16.py [--data DIR] [--seeds 0,1,2] [SET]
 
 A fit on a GPU computes its loss under autocast; here the same fit does so on the CPU, where
-products then round to bfloat16 likewise. Everything else is as in `quality.py`: splits, validation, test
+products then round to bfloat16 likewise. All else is as in `quality.py`: splits, validation, test
 queries, exact search. Saved as ``results/bf16.json``; the table goes into docs/speed.md.
 """
 

@@ -246,7 +246,6 @@ def _edge_limits(cell: Cell) -> dict[str, float]:
 def stages(cell: Cell) -> dict[str, Any]:
     """Measure each stage alone, and the bare products of what is moved."""
     moving = ss.Refiner.load(Path(cell.folder) / "refiner")
-    best = math.inf
     ids = cell.ids()
     spent = {"apply": 0.0, "write": 0.0, "verify": 0.0}
     with _opened(cell) as store, Journal(Path(cell.folder) / "state", store.info()) as journal:
@@ -259,8 +258,7 @@ def stages(cell: Cell) -> dict[str, Any]:
             moving.refine_rows(block, ids[start : start + len(block)])
             spent["apply"] += time.perf_counter() - begin
         bare = _Products(moving)
-        for _, block in rows.blocks():
-            best = min(best, bare(block) / len(block))
+        products = sum(bare(block) for _, block in rows.blocks())
         batches = (
             VectorBatch(ids=rows.ids[start : start + len(block)], vectors=block)
             for start, block in rows.blocks()
@@ -276,7 +274,7 @@ def stages(cell: Cell) -> dict[str, Any]:
         for batch in store.scan(BLOCK):
             row_digests(batch.vectors)
         spent["verify"] = time.perf_counter() - begin
-    return {"seconds": {"read": read, **spent}, "products": best * cell.rows}
+    return {"seconds": {"read": read, **spent}, "products": products}
 
 
 def fit(cell: Cell) -> dict[str, Any]:
@@ -292,6 +290,7 @@ def fit(cell: Cell) -> dict[str, Any]:
         pipeline.fit(store, ss.Judgments(), settings, progress=watch)
     import torch
 
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # as while fitting
     b, d = settings.fit.batch_size, cell.dim
     x, z = torch.ones(b, d), torch.ones(2 * b, 128)
     weights = [torch.ones(shape) for shape in ((d, d // 2), (d // 2, d), (d, d), (d, d), (d, 128))]
