@@ -290,7 +290,7 @@ def fit(cell: Cell) -> dict[str, Any]:
         pipeline.fit(store, ss.Judgments(), settings, progress=watch)
     import torch
 
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # as while fitting
+    torch.set_float32_matmul_precision("medium")  # oneDNN's products, as while fitting
     b, d = settings.fit.batch_size, cell.dim
     x, z = torch.ones(b, d), torch.ones(2 * b, 128)
     weights = [torch.ones(shape) for shape in ((d, d // 2), (d // 2, d), (d, d), (d, d), (d, 128))]
