@@ -93,7 +93,7 @@ def measure(store: str, rows: int, dim: int) -> dict[str, Any]:
             found[name] = call(name, cell)
         if store in ("ivf", "hnsw"):
             found["limits"]["write"] = found["build"]["seconds"]
-        if cell.is_large_graph:
+        if store == "hnsw" and cell.is_large_graph:
             found["stages"]["seconds"]["write"] = found["refine"]["stages"]["write"]
         return {**found, "cores": len(os.sched_getaffinity(0))}
 

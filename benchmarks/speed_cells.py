@@ -26,6 +26,7 @@ from simskip_vdb.reindex import snapshot
 from simskip_vdb.rows import row_digests
 
 BLOCK, PAGE = 8192, 256
+LARGE = 500_000
 INTRINSIC_DIM = 16
 
 
@@ -49,8 +50,8 @@ class Cell(NamedTuple):
 
     @property
     def is_large_graph(self) -> bool:
-        """Whether building it once more, only to time that alone, takes too long."""
-        return self.store == "hnsw" and self.rows > 500_000
+        """Whether building it once more, to bring it back or to time that alone, takes too long."""
+        return self.store in ("hnsw", "edge") and self.rows > LARGE
 
     @property
     def uri(self) -> str:
@@ -152,7 +153,7 @@ def _pages(cell: Cell) -> Iterator[tuple[int, list[list[float]]]]:
 
 
 def refine(cell: Cell) -> dict[str, Any]:
-    """Refine the index as `simskip refine --refiner` does, and bring it back."""
+    """Refine the index as `simskip refine --refiner` does, and bring a small one back."""
     for module in ("faiss", "filelock", "ir_measures", "pyarrow.ipc", "scipy.stats"):
         importlib.import_module(module)
     spent = {"look": 0.0, "look_cpu": 0.0, "index": 0.0, "index_cpu": 0.0}
@@ -171,7 +172,8 @@ def refine(cell: Cell) -> dict[str, Any]:
         peak = machine.memory("VmHWM") - resident
         assert report.written is not None, report
         assert report.written["rows"] == cell.rows, report.gate
-        ss.rollback(store)
+        if not cell.is_large_graph:
+            ss.rollback(store)
     stages = dict(report.seconds)
     return {"seconds": seconds, "cpu": cpu, "stages": stages, "peak": peak, **spent}
 
