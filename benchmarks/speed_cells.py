@@ -169,7 +169,7 @@ def refine(cell: Cell) -> dict[str, Any]:
     with _opened(cell) as store:
         report = pipeline.refine(store, ss.Judgments(), settings)
         seconds, cpu = time.perf_counter() - begin, time.process_time() - busy
-        peak = machine.memory("VmHWM") - resident
+        peak, spent = machine.memory("VmHWM") - resident, dict(spent)
         assert report.written is not None, report
         assert report.written["rows"] == cell.rows, report.gate
         if not cell.is_large_graph:
