@@ -8,7 +8,7 @@ queries, from the moment the rows are at hand (in memory for NUDGE, in the state
 all rows are moved (in memory for NUDGE, on disk for ours). Memory is the peak above what is
 resident after imports, the rows included; a method may take `--memory` GiB. *refine* is the whole
 of `simskip refine` on a FAISS file: read, fit, probe of late rows, proof on test queries, write and
-verify.
+verify. Sizes that are not asked for stay in the table as they were measured.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def main() -> None:
         print(json.dumps(run(method, Path(folder))))
         return
     settings = {"queries": options.queries, "dim": options.dim, "memory_gib": options.memory}
-    results: list[dict[str, Any]] = []
-    for rows in options.rows or [200_000, 2_000_000]:
+    sizes = options.rows or [200_000, 2_000_000]
+    results = [found for found in measured(settings) if found["rows"] not in sizes]
+    for rows in sizes:
         with tempfile.TemporaryDirectory() as temporary:
             make(Path(temporary), rows, options.queries, options.dim)
             for method in NAMES:
@@ -68,13 +69,21 @@ def main() -> None:
                 machine.put(DOCS, "fitting", table(results, options.dim, options.memory))
 
 
+def measured(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what was measured before, with the same settings."""
+    path = machine.RESULTS / "fitting.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    runs: list[dict[str, Any]] = found.get("runs", [])
+    return runs if settings.items() <= found.items() else []
+
+
 def table(results: list[dict[str, Any]], dim: int, memory: float) -> str:
     """Lay results out as a table in Markdown."""
     lines = [
         "| rows | | seconds | memory, × the rows' bytes | nDCG@10 |",
         "|---|---|---|---|---|",
     ]
-    for found in results:
+    for found in sorted(results, key=lambda found: found["rows"]):
         data = found["rows"] * dim * 4
         if "out_of_memory" in found:
             cells = ["–", f"more than {memory * 2**30 / data:.1f}", "–"]
