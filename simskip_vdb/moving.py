@@ -2,8 +2,8 @@
 
 Rows go through in pieces that stay in a core's cache. BLAS works on one thread meanwhile, and our
 own threads take one piece each: threads of BLAS would wait at the end of every product, and how
-many there are would change last digits. A piece of `piece_rows` rows, and a row's place in it, are
-all that a result depends on: blocks that begin at a multiple of it may be cut as one likes.
+many there are would change last digits. A piece of `PIECE` rows, and a row's place in it, are all
+that a result depends on: blocks that begin at a multiple of it may be cut as one likes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ from simskip_vdb.overlap import cores
 from simskip_vdb.threads import blas_on_one_thread
 
 PIECE = 512
-"""Rows that go through the products at once, where they are not short."""
-_SHORT = 256
+"""Rows that go through the products at once."""
 _PLAIN = (1e-30, 1e30)
 """Numbers between which float32 adds, divides and multiplies without losing digits."""
 
 Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Weight, shape (out, in), and bias, shape (out,), of a linear layer."""
-
-
-def piece_rows(dim: int) -> int:
-    """Return the rows of a piece: more where they are short, for Python's time is by the piece."""
-    return PIECE if dim >= _SHORT else 4 * PIECE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,16 +85,15 @@ class Formula:
         self, x: Vectors, do: Callable[[_Room, slice, Vectors], None], threads: int
     ) -> Vectors:
         out = np.empty_like(x)
-        rows = piece_rows(x.shape[1])
-        starts = iter(range(0, len(x), rows))
+        starts = iter(range(0, len(x), PIECE))
 
         def work(starts: Iterator[int]) -> None:
-            room = _Room(self, min(rows, len(x)))
+            room = _Room(self, min(PIECE, len(x)))
             for start in starts:  # each thread takes the next piece
-                piece = slice(start, start + rows)
+                piece = slice(start, start + PIECE)
                 do(room, piece, out[piece])
 
-        workers = min(threads, -(-len(x) // rows))
+        workers = min(threads, -(-len(x) // PIECE))
         with blas_on_one_thread():
             if workers < 2:
                 work(starts)

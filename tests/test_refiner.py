@@ -321,11 +321,10 @@ def test_saving_again_where_nothing_fits_leaves_what_was_saved(tmp_path: Path) -
 
 
 def test_blocks_cut_at_pieces_give_the_same_bits(refiner: Refiner) -> None:
-    piece = moving.piece_rows(DIM)
-    rows = np.random.default_rng(5).normal(size=(3 * piece + 7, DIM)).astype(np.float32)
+    rows = np.random.default_rng(5).normal(size=(3 * moving.PIECE + 7, DIM)).astype(np.float32)
     ids = np.arange(len(rows))
     whole = refiner.refine_rows(rows, ids)
-    cut = [piece, 2 * piece]
+    cut = [moving.PIECE, 2 * moving.PIECE]
     parts = zip(np.split(rows, cut), np.split(ids, cut), strict=True)
     assert np.concatenate([refiner.refine_rows(*part) for part in parts]).tobytes() == (
         whole.tobytes()
