@@ -20,17 +20,19 @@ lint: $(VENV)/dev.done  ## style and import layers
 type: $(VENV)/dev.done  ## mypy, strict
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last two need data
+bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last three need data
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/faiss_types.py
 	$(BIN)/python benchmarks/edge_refine.py
 	$(BIN)/python benchmarks/fortnight.py
 	$(BIN)/python benchmarks/crashes.py
 	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/fitting.py
 	$(BIN)/python benchmarks/gate.py
 	$(BIN)/python benchmarks/crossfit.py
 	$(BIN)/python benchmarks/sets.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/bf16.py
 
 dist: $(VENV)/dev.done  ## wheel and source distribution
 	$(BIN)/python -m build
