@@ -33,6 +33,7 @@ HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
 MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom
 SELDOM = 0.25  # part of the rows that are columns of a step
 HARD_PER_STEP = 4
+NEGATIVES_KEEP = 0.5  # of their offsets: wrong for a few queries, rows may be right for others
 RANKED = 64  # queries whose mined rows are ranked at once
 NEIGHBOURS = 5  # positives of a row where nothing else is known
 NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
@@ -182,6 +183,8 @@ class Sampler:
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
         if len(self.offset_rows) > MAX_OFFSETS or not problem.offsets:
             self.offset_rows = self.offset_rows[:0]
+        # Part of its offset that a row keeps once it is learnt, shape (m,).
+        self.keep = np.where(self._unjudged[self.offset_rows], np.float32(NEGATIVES_KEEP), 1)
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))

@@ -104,10 +104,10 @@ def _train(
     usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
     rng = np.random.default_rng(settings.seed)
     sampler = None
-    anchors, offset_rows = usable, usable[:0]
+    anchors, offset_rows, keep = usable, usable[:0], np.empty(0, np.float32)
     if signal is not Signal.AUGMENT:
         sampler = Sampler(problem, signal, settings, rng, device)
-        anchors, offset_rows = sampler.anchors, sampler.offset_rows
+        anchors, offset_rows, keep = sampler.anchors, sampler.offset_rows, sampler.keep
     epoch = math.ceil(len(anchors) / settings.batch_size)
     total = min(settings.steps, max(MIN_STEPS, EPOCHS * epoch))
     order = rng.permutation(anchors)
@@ -170,7 +170,7 @@ def _train(
         beta=1.0,
         layers=f.folded(),
         offset_ids=ids[by_id],
-        offsets=offsets.weight.detach().cpu().numpy()[:m][by_id],
+        offsets=(offsets.weight.detach().cpu().numpy()[:m] * keep[:, None])[by_id],
     )
 
 

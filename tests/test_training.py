@@ -213,6 +213,24 @@ def test_late_rows_have_no_offset_and_never_move(problem: Problem) -> None:
     assert (moved[~late] != problem.vectors[~late]).any(axis=1).all()
 
 
+def test_rows_that_are_only_negatives_keep_half_of_their_offsets(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert problem.queries is not None
+    fit = replace(problem, queries=problem.queries.subset(np.arange(QUERIES) < GROUPS // 2))
+    assert fit.queries is not None
+    whole = Plan(alpha=1.0, beta=1.0)
+    halved = fit_refiner(fit, QUICK, never, plan=whole).refiner
+    monkeypatch.setattr(sampling, "NEGATIVES_KEEP", 1.0)
+    learnt = fit_refiner(fit, QUICK, never, plan=whole).refiner
+    judged = problem.ids[fit.queries.rows[fit.queries.grades > 0]]
+    negative = ~np.isin(learnt.offset_ids, judged)
+    assert 0 < negative.sum() < len(negative)
+    assert (learnt.offsets != 0).any(axis=1).all()
+    np.testing.assert_array_equal(halved.offsets[~negative], learnt.offsets[~negative])
+    np.testing.assert_array_equal(halved.offsets[negative], learnt.offsets[negative] / 2)
+
+
 def test_late_and_raw_competitors_are_left_raw(problem: Problem) -> None:
     late = np.arange(ROWS) % 10 == 0
     for share, least, most in ((0.0, 0.1, 0.1), (0.5, 0.5, 0.6)):
