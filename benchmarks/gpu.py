@@ -205,7 +205,8 @@ def make_formula() -> Formula:
         for narrow, wide in pairwise((DIM, DIM // 2, DIM, DIM))
     )
     offsets = (0.02 * rng.normal(size=(1000, DIM))).astype(np.float32)
-    return Formula.of(layers, 0.5, offsets, 1.0)
+    origin = np.full(DIM, 0.5 / DIM**0.5, np.float32)
+    return Formula.of(origin, layers, 0.5, offsets, 1.0)
 
 
 def unit(rows: int, device: torch.device) -> Tensor:

@@ -469,12 +469,15 @@ def refined(fitted: Refiner, ids: Ids, x: Vectors) -> NDArray[np.float64]:
     out = np.empty(x.shape)
     for at, (name, row) in enumerate(zip(ids.tolist(), x.astype(np.float64), strict=True)):
         norm = np.sqrt((row**2).sum())
-        h = unit = row / norm
+        apart = row / norm - fitted.origin
+        distance = np.sqrt((apart**2).sum())
+        h = direction = apart / distance
         for number, (weight, bias) in enumerate(fitted.layers):
             h = (weight.astype(np.float64) * h).sum(axis=1) + bias
             if number < len(fitted.layers) - 1:
                 h = np.maximum(h, 0)
-        y = unit + fitted.alpha * h + fitted.beta * offsets.get(name, 0.0)
+        y = direction + fitted.alpha * h + fitted.beta * offsets.get(name, 0.0)
+        y = fitted.origin + distance * y / np.sqrt((y**2).sum())
         out[at] = norm * y / np.sqrt((y**2).sum())
     return out
 

@@ -105,6 +105,7 @@ def refiner(dim: int, offset_ids: Ids, metric: Metric) -> ss.Refiner:
         metric=metric,
         alpha=0.3,
         beta=1.0,
+        origin=np.full(dim, 0.5 / dim**0.5, np.float32),
         layers=layers,
         offset_ids=offset_ids,
         offsets=(0.02 * rng.normal(size=(len(offset_ids), dim))).astype(np.float32),

@@ -46,10 +46,12 @@ class Metric(str, Enum):
 
 
 class Side(str, Enum):
-    """What moves: only the stored rows, or the queries too."""
+    """What moves: only the stored rows, only the queries, or both; AUTO lets validation choose."""
 
     DOCS = "docs"
+    QUERIES = "queries"
     BOTH = "both"
+    AUTO = "auto"
 
 
 class Split(str, Enum):

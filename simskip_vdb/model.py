@@ -1,6 +1,8 @@
-"""The trained part of a refiner: f, and the projector of the label-free loss."""
+"""The trained part of a refiner: f, and what is around it; the projector of the label-free loss."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simskip_vdb.moving import Layer
+from simskip_vdb.moving import NEAREST, Layer
 
 
 class Residual(nn.Module):
@@ -45,6 +47,23 @@ class Residual(nn.Module):
         """Return the three linear layers with BatchNorm's running statistics folded in."""
         last = (_array(self.last.weight), _array(self.last.bias))
         return (_fold(self.down, self.down_norm), _fold(self.up, self.up_norm), last)
+
+
+def moved(x: Tensor, origin: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """Move unit rows on the sphere around an origin that each lies on, as `moving` does.
+
+    Args:
+        x: Shape (n, d).
+        origin: µ, shape (d,).
+        move: Maps directions from the origin, shape (n, d), to moves of the same shape.
+
+    Returns:
+        Unit rows, shape (n, d).
+    """
+    apart = x - origin
+    length = apart.norm(dim=1, keepdim=True).clamp_min(NEAREST)
+    direction = apart / length
+    return F.normalize(origin + length * F.normalize(direction + move(direction), dim=1), dim=1)
 
 
 def projector(dim: int) -> nn.Sequential:

@@ -22,6 +22,8 @@ from simskip_vdb.threads import blas_on_one_thread
 
 PIECE = 512
 """Rows that go through the products at once."""
+NEAREST = 1e-4
+"""Distance from the origin below which a direction would be rounding: such rows do not move."""
 _PLAIN = (1e-30, 1e30)
 """Numbers between which float32 adds, divides and multiplies without losing digits."""
 
@@ -31,29 +33,40 @@ Layer = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Formula:
-    """x ↦ ‖x‖ · normalise(x̂ + f(x̂) + offset), with x̂ = x / ‖x‖.
+    """x ↦ ‖x‖ · normalise(µ + ‖x̂ - µ‖ · normalise(c + f(c) + offset)).
+
+    Where x̂ = x / ‖x‖ and c = (x̂ - µ) / ‖x̂ - µ‖, which is x̂ without an origin µ.
 
     Attributes:
+        origin: µ, shape (d,); empty for none.
         layers: Of f, the factor of f folded into the last one; empty where f is not used.
         alpha: That factor.
         offsets: Shape (m, d), the factor of offsets not yet applied.
         beta: That factor.
     """
 
+    origin: Vectors
     layers: tuple[Layer, ...]
     alpha: float
     offsets: Vectors
     beta: float
 
     @classmethod
-    def of(cls, layers: tuple[Layer, ...], alpha: float, offsets: Vectors, beta: float) -> Formula:
+    def of(
+        cls,
+        origin: Vectors,
+        layers: tuple[Layer, ...],
+        alpha: float,
+        offsets: Vectors,
+        beta: float,
+    ) -> Formula:
         """Fold the factor of f into its last layer; leave out what has no effect."""
         if alpha == 0 or not layers:
-            return cls(layers=(), alpha=0.0, offsets=offsets, beta=beta)
+            return cls(origin=origin, layers=(), alpha=0.0, offsets=offsets, beta=beta)
         factor = np.float32(alpha)
         *first, (weight, bias) = layers
         last = (factor * weight, factor * bias)
-        return cls(layers=(*first, last), alpha=alpha, offsets=offsets, beta=beta)
+        return cls(origin=origin, layers=(*first, last), alpha=alpha, offsets=offsets, beta=beta)
 
     def apply(self, x: Vectors, slots: Positions, move: Mask, f: Vectors | None = None) -> Vectors:
         """Move rows.
@@ -117,7 +130,9 @@ class _Room:
         """Write what f makes of rows, with its factor, shape (b, d)."""
         norms = _norms(x)
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-            self._f(self._unit_of(x, np.where(norms > 0, norms, 1.0)), out)
+            unit = self._unit_of(x, np.where(norms > 0, norms, 1.0))
+            self._centre(unit)
+            self._f(unit, out)
 
     def apply(
         self, x: Vectors, slots: Positions, move: Mask, f: Vectors | None, out: Vectors
@@ -129,6 +144,9 @@ class _Room:
             move &= slots >= 0
         with np.errstate(invalid="ignore", over="ignore", under="ignore"):
             unit = self._unit_of(x, np.where(move, norms, 1.0))
+            apart = self._centre(unit)
+            if apart is not None:
+                move &= apart > NEAREST
             if f is None:
                 self._f(unit, out)
             else:
@@ -139,6 +157,11 @@ class _Room:
                 beta = np.float32(self._formula.beta)
                 out[offset] += beta * self._formula.offsets[slots[offset]]
             lengths = _norms(out)
+            if apart is not None:
+                out *= (apart / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)[:, None]
+                out += self._formula.origin
+                move &= lengths > 0
+                lengths = _norms(out)
             # A direction that vanished or a number that overflowed has no refined form.
             move &= (lengths > 0) & np.isfinite(lengths)
             scale = norms / np.where(move, lengths, 1.0)
@@ -152,6 +175,15 @@ class _Room:
         unit = self._unit[: len(x)]
         np.divide(x, _divisors(norms), out=unit, casting="same_kind")
         return unit
+
+    def _centre(self, unit: Vectors) -> NDArray[np.float64] | None:
+        """Turn unit rows into their directions from the origin; return how far they were, (b,)."""
+        if not len(self._formula.origin):
+            return None
+        unit -= self._formula.origin
+        apart = _norms(unit)
+        unit /= np.where(apart > NEAREST, apart, 1.0).astype(np.float32)[:, None]
+        return apart
 
     def _f(self, unit: Vectors, out: Vectors) -> None:
         layers = self._formula.layers

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simskip_vdb.datatypes import Mask, Positions, Vectors
-from simskip_vdb.moving import Formula
+from simskip_vdb.moving import NEAREST, Formula
 
 PIECE = 32768
 """Rows on the device at once, on each of the streams."""
@@ -28,6 +28,7 @@ class OnDevice:
 
     def __init__(self, formula: Formula, device: str) -> None:
         self._device = torch.device(device)
+        self._origin = self._there(formula.origin)
         self._layers = [
             (self._there(weight).T, self._there(bias)) for weight, bias in formula.layers
         ]
@@ -69,6 +70,11 @@ class OnDevice:
     def _moved(self, x: Tensor, slots: Tensor, move: Tensor) -> Tensor:
         norms = x.double().norm(dim=1)
         unit = (x / torch.where(norms > 0, norms, 1.0)[:, None]).float()
+        if len(self._origin):
+            unit = unit - self._origin
+            apart = unit.double().norm(dim=1)
+            move = move & (apart > NEAREST)
+            unit = unit / torch.where(apart > NEAREST, apart, 1.0).float()[:, None]
         moved = unit
         if self._layers:
             h = unit
@@ -80,6 +86,11 @@ class OnDevice:
             move = move & (slots < len(self._offsets) - 1)
         moved = moved + self._offsets[slots]
         lengths = moved.double().norm(dim=1)
+        if len(self._origin):
+            move = move & (lengths > 0)
+            size = apart / torch.where(lengths > 0, lengths, 1.0)
+            moved = self._origin + moved * size.float()[:, None]
+            lengths = moved.double().norm(dim=1)
         scale = norms / torch.where(lengths > 0, lengths, 1.0)
         moved = moved * scale.float()[:, None]
         # A direction that vanished or a number that overflowed has no refined form.

@@ -62,7 +62,9 @@ class Fitted:
         used, beta = self.whole, plan.beta
         if beta == 0 or not len(used.offset_ids):
             used, beta = replace(used, offset_ids=used.offset_ids[:0]), 0.0
-        return replace(used, layers=used.layers if plan.alpha else (), alpha=plan.alpha, beta=beta)
+        if not plan.alpha:
+            used = replace(used, layers=(), origin=used.origin if beta else used.origin[:0])
+        return replace(used, alpha=plan.alpha, beta=beta)
 
 
 def candidates(signal: Signal) -> list[Plan]:

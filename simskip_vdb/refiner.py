@@ -1,9 +1,13 @@
 """The refiner: moves stored vectors, in numpy alone.
 
-refined(x, row) = ‖x‖ · normalise(x̂ + alpha·f(x̂) + beta·offset[row]), with x̂ = x / ‖x‖.
+refined(x, row) = ‖x‖ · normalise(µ + ρ · normalise(c + alpha·f(c) + beta·offset[row])),
+with x̂ = x / ‖x‖, ρ = ‖x̂ - µ‖ and c = (x̂ - µ) / ρ.
 
-The skip connection is SimSkip's (Liu, Kim and Bansal, arXiv:2404.08701); norms are kept, so an
-index that compares by dot product or Euclidean distance keeps its meaning.
+The skip connection is SimSkip's (Liu, Kim and Bansal, arXiv:2404.08701). Norms are kept, so an
+index that compares by dot product or Euclidean distance keeps its meaning. µ is the mean direction
+of the rows: most encoders crowd theirs around one (Ethayarajh, arXiv:1909.00512; Mu & Viswanath,
+arXiv:1702.01417), and what tells rows apart is how they lie about it. A row moves on the sphere
+around µ that it lies on, and so keeps comparing with raw rows as it did.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from simskip_vdb.store import VectorStore
 if TYPE_CHECKING:
     from simskip_vdb.moving_on_device import OnDevice
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (1, SCHEMA)  # the first had no origin
 WEIGHTS_FILE = "refiner.safetensors"
 SETTINGS_FILE = "refiner.json"
 
@@ -48,6 +53,10 @@ class LateRule(str, Enum):
 
 def _no_ids() -> Ids:
     return np.empty(0, dtype=np.int64)
+
+
+def _no_origin() -> Vectors:
+    return np.empty(0, dtype=np.float32)
 
 
 def _no_digests() -> NDArray[np.uint64]:
@@ -64,10 +73,11 @@ class Refiner:
 
     Attributes:
         dim: Dimension d of the vectors it takes.
-        side: What moves: only stored rows, or queries too.
+        side: What moves: stored rows, queries or both.
         metric: Metric of the index it was fitted for.
         alpha: Weight of f, at least 0.
         beta: Weight of the offsets, at least 0.
+        origin: µ, shape (d,), float32; empty for zero.
         layers: The three linear layers of f, BatchNorm folded in; empty where f is not used.
         offset_ids: Shape (m,), ascending; integers or text.
         offsets: Shape (m, d), float32.
@@ -87,6 +97,7 @@ class Refiner:
     metric: Metric
     alpha: float = 0.0
     beta: float = 0.0
+    origin: Vectors = field(default_factory=_no_origin)
     layers: tuple[Layer, ...] = ()
     offset_ids: Ids = field(default_factory=_no_ids)
     offsets: Vectors = field(default_factory=_no_offsets)
@@ -102,8 +113,7 @@ class Refiner:
             object.__setattr__(self, "offsets", np.empty((0, self.dim), dtype=np.float32))
         _check(self)
         object.__setattr__(self, "id", _digest(self))
-        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
-        object.__setattr__(self, "_formula", formula)
+        object.__setattr__(self, "_formula", self._made())
 
     @classmethod
     def identity(
@@ -120,8 +130,13 @@ class Refiner:
 
     @property
     def moves_queries(self) -> bool:
-        """Whether queries are refined too, not only stored rows."""
-        return self.side is Side.BOTH and self.alpha != 0 and bool(self.layers)
+        """Whether queries are refined."""
+        return self.side is not Side.DOCS and self.alpha != 0 and bool(self.layers)
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether stored rows are refined."""
+        return self.side is not Side.QUERIES and not self.is_identity
 
     def f(self, vectors: NDArray[Any]) -> Vectors | None:
         """Return f of rows, for refiners of the same layers to share; None if there is none.
@@ -136,7 +151,7 @@ class Refiner:
             DataError: The dimension is not the refiner's.
         """
         x = self._checked(vectors)
-        return self._formula.f(x) if self.alpha and self.layers else None
+        return self._formula.f(x) if self.moves_rows and self.alpha and self.layers else None
 
     def on(self, device: str) -> Refiner:
         """Return the same refiner, computing on a device of torch.
@@ -149,8 +164,7 @@ class Refiner:
         from simskip_vdb.moving_on_device import OnDevice
 
         placed = copy(self)
-        formula = Formula.of(self.layers, self.alpha, self.offsets, self.beta)
-        object.__setattr__(placed, "_formula", OnDevice(formula, device))
+        object.__setattr__(placed, "_formula", OnDevice(self._made(), device))
         return placed
 
     def refine_rows(
@@ -180,7 +194,7 @@ class Refiner:
         x = self._checked(vectors)
         if len(ids) != len(x):
             raise DataError(f"{len(ids)} ids for {len(x)} vectors; give one id a row")
-        if self.is_identity:
+        if not self.moves_rows:
             return x
         slots = self._offset_slots(ids) if self.beta != 0 else np.full(len(x), -1)
         move = np.ones(len(x), dtype=np.bool_)
@@ -191,7 +205,7 @@ class Refiner:
         return self._formula.apply(x, slots, move, f)
 
     def __call__(self, queries: NDArray[Any]) -> Vectors:
-        """Refine queries: through f where both sides move, unchanged otherwise.
+        """Refine queries: through f where they move, unchanged otherwise.
 
         Args:
             queries: Shape (m, d), any float dtype.
@@ -245,6 +259,7 @@ class Refiner:
         tensors: dict[str, NDArray[Any]] = {"offsets": np.ascontiguousarray(self.offsets)}
         tensors["offset_ids"] = _ids_to_numbers(self.offset_ids)
         tensors["fitted_on"], tensors["chosen_on"] = self.fitted_on, self.chosen_on
+        tensors["origin"] = self.origin
         for number, (weight, bias) in enumerate(self.layers):
             tensors[f"layers.{number}.weight"] = np.ascontiguousarray(weight)
             tensors[f"layers.{number}.bias"] = np.ascontiguousarray(bias)
@@ -280,10 +295,10 @@ class Refiner:
         try:
             settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
             schema = settings["schema"]
-            if schema != SCHEMA:
+            if schema not in READ:
                 raise ConfigError(
                     f"{folder} holds a refiner of schema {schema!r}, this version reads "
-                    f"{SCHEMA}; upgrade simskip-vdb or fit again"
+                    f"{' and '.join(map(str, READ))}; upgrade simskip-vdb or fit again"
                 )
             tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
             refiner = _from_parts(settings, tensors)
@@ -302,6 +317,9 @@ class Refiner:
                 f"{refiner.id}, not {settings['id']}; fit again"
             )
         return refiner
+
+    def _made(self) -> Formula:
+        return Formula.of(self.origin, self.layers, self.alpha, self.offsets, self.beta)
 
     def _checked(self, vectors: NDArray[Any]) -> Vectors:
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
@@ -330,11 +348,21 @@ class Refiner:
 def _check(refiner: Refiner) -> None:
     if refiner.dim < 1:
         raise DataError(f"dimension {refiner.dim} is not positive")
+    if refiner.side is Side.AUTO:
+        raise DataError("a refiner moves docs, queries or both; auto is for a fit to choose")
     for name, factor in (("alpha", refiner.alpha), ("beta", refiner.beta)):
         if not (math.isfinite(factor) and factor >= 0):
             raise DataError(f"{name} is {factor}, not a finite number of at least 0")
+    _check_origin(refiner.origin, refiner.dim)
     _check_layers(refiner.layers, refiner.dim)
     _check_offsets(refiner.offset_ids, refiner.offsets, refiner.dim)
+
+
+def _check_origin(origin: Vectors, dim: int) -> None:
+    if origin.shape not in ((0,), (dim,)) or origin.dtype != np.float32:
+        raise DataError(f"an origin of shape {origin.shape} and {origin.dtype} for dimension {dim}")
+    if not np.isfinite(origin).all():
+        raise DataError("the origin holds numbers that are not finite")
 
 
 def _check_layers(layers: tuple[Layer, ...], dim: int) -> None:
@@ -366,6 +394,7 @@ def _digest(refiner: Refiner) -> str:
     settings = (refiner.dim, refiner.side, refiner.alpha, refiner.beta, refiner.late)
     digest = hashlib.sha256(repr(settings).encode())
     arrays = [part for layer in refiner.layers for part in layer]
+    arrays += [refiner.origin] if len(refiner.origin) else []
     for array in (*arrays, _ids_to_numbers(refiner.offset_ids), refiner.offsets):
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
@@ -392,6 +421,7 @@ def _from_parts(settings: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]
         metric=Metric(settings["metric"]),
         alpha=float(settings["alpha"]),
         beta=float(settings["beta"]),
+        origin=tensors["origin"] if settings["schema"] > 1 else _no_origin(),
         layers=tuple(
             (tensors[f"layers.{number}.weight"], tensors[f"layers.{number}.bias"])
             for number in range(settings["layers"])

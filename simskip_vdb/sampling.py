@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import Ids, JudgedQueries, Metric, Positions, Side, Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.losses import Similarity
+from simskip_vdb.model import moved
 from simskip_vdb.pairs import (
     OnDisk,
     Pairs,
@@ -26,8 +27,10 @@ from simskip_vdb.pairs import (
 )
 from simskip_vdb.residence import Resident
 
-QUERY_TEMPERATURE = 0.05
-ROW_TEMPERATURE = 0.02  # rows lie closer to each other than queries to rows
+# In standard deviations of a query's similarity to rows, so that encoders whose cosines are crowded
+# learn as those whose cosines are not; rows lie closer to their own than queries to their answers.
+QUERY_TEMPERATURE = 0.6
+ROW_TEMPERATURE = 0.17
 
 HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
 MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom
@@ -38,7 +41,9 @@ RANKED = 64  # queries whose mined rows are ranked at once
 NEIGHBOURS = 5  # positives of a row where nothing else is known
 NEIGHBOUR_ANCHORS = 16384  # bounds the search for neighbours in a large index
 MAX_OFFSETS = 250_000  # of more, each would be drawn too seldom to be learnt
-NORM_SAMPLE = 4096
+SAMPLE = 4096  # rows that tell norms and spread
+SAMPLED_ANCHORS = 256  # that tell spread
+LEAST_SPREAD = 1e-6  # where all rows are one
 
 # Weight given to positives by nearness to the anchor, the rest evenly, so that a group tightens
 # without losing its inner order.
@@ -87,6 +92,7 @@ class Step:
         pseudo: Unit pseudo-queries near rows that no judgment points to, shape (b, d) or (0, d).
         unjudged_share: Part of all rows that no judgment points to.
         metric: How the index compares.
+        origin: Mean direction of all rows, shape (d,).
         temperature: τ.
         query_norms: Norms of the anchors in units of a typical row's, shape (b,).
         row_norms: Norms of the columns in the same units, shape (c,).
@@ -102,26 +108,31 @@ class Step:
     pseudo: Tensor
     unjudged_share: float
     metric: Metric
+    origin: Tensor
     temperature: float
     query_norms: Tensor
     row_norms: Tensor
 
     def compare(self, queries: Tensor, keys: Tensor) -> Similarity:
-        """Return the index's own similarity over temperature.
+        """Return the index's own similarity over temperature, up to what all columns share.
+
+        Without the origin, which is most of a crowded encoder's vectors, bfloat16 keeps the digits
+        that tell columns apart.
 
         Args:
             queries: Unit directions of the anchors, or of pseudo-queries, shape (b, d).
             keys: Unit directions of the columns, shape (c, d).
         """
         if self.metric is Metric.COSINE:
-            return Similarity(queries / self.temperature, keys)
+            return Similarity(queries / self.temperature, keys - self.origin)
         if self.metric is Metric.EUCLID:
             # -‖q - x‖² / 2 without ‖q‖², which all columns share.
             queries = queries * self.query_norms[: len(queries), None]
             bias = -(self.row_norms**2) / 2 / self.temperature
         else:
             bias = torch.zeros_like(self.row_norms)
-        return Similarity(queries / self.temperature, keys * self.row_norms[:, None], bias)
+        keys = keys * self.row_norms[:, None] - self.origin
+        return Similarity(queries / self.temperature, keys, bias)
 
 
 class Sampler:
@@ -181,15 +192,20 @@ class Sampler:
         elif signal is Signal.GROUPS:
             self.offset_rows = self._pairs.rows_with_anchors()
         self.offset_rows = self.offset_rows[~self._late[self.offset_rows]]
-        if len(self.offset_rows) > MAX_OFFSETS or not problem.offsets:
+        still = settings.side is Side.QUERIES or not problem.offsets
+        if len(self.offset_rows) > MAX_OFFSETS or still:
             self.offset_rows = self.offset_rows[:0]
         # Part of its offset that a row keeps once it is learnt, shape (m,).
         self.keep = np.where(self._unjudged[self.offset_rows], np.float32(NEGATIVES_KEEP), 1)
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
-        sample = rng.choice(self._rows, min(NORM_SAMPLE, len(self._rows)), replace=False)
+        self.origin = mean_direction(problem.vectors, self._rows)
+        self._origin = self._tensor(self.origin)
+        sample = rng.choice(self._rows, min(SAMPLE, len(self._rows)), replace=False)
         self._typical_norm = float(np.linalg.norm(problem.vectors[sample], axis=1).mean())
+        factor = QUERY_TEMPERATURE if self._by_queries else ROW_TEMPERATURE
+        self._temperature = factor * self._spread(sample)
 
     def step(self, batch: Positions) -> Step:
         """Draw the columns of a step.
@@ -202,48 +218,72 @@ class Sampler:
         targets = self._pairs.targets(batch, columns, self._column_of)
         self._column_of[columns] = -1
 
+        left_raw = self._late[columns] | (self._rng.random(len(columns)) < self._settings.raw_share)
+        bare = self._bare(batch, columns)
+        step = replace(
+            bare,
+            slots=self._tensor(self._slot_of[columns]),
+            left_raw=self._tensor(left_raw),
+            pairs=self._tensor(np.stack([targets.anchor, targets.column])),
+            weights=self._tensor(targets.weight),
+            own=self._tensor(targets.own),
+            pseudo=self._pseudo(bare.queries, bare.raw, targets, columns),
+            temperature=self._temperature,
+        )
+        return step if self._by_queries else replace(step, weights=_favour_near(step))
+
+    def _bare(self, batch: Positions, columns: Positions) -> Step:
+        """Return a step that compares anchors with columns, and no more."""
         queries, query_norms = _unit(self._anchor_vectors.take(batch))
         raw, row_norms = _unit(self._vectors.take(columns))
-        pairs = self._tensor(np.stack([targets.anchor, targets.column]))
-        weights = self._tensor(targets.weight)
-        if not self._by_queries:
-            weights = _favour_near(queries, raw, pairs, weights)
-        left_raw = self._late[columns] | (self._rng.random(len(columns)) < self._settings.raw_share)
+        none = torch.empty(0, dtype=torch.int64)
         return Step(
             queries=queries,
             raw=raw,
-            slots=self._tensor(self._slot_of[columns]),
-            left_raw=self._tensor(left_raw),
-            pairs=pairs,
-            weights=weights,
-            own=self._tensor(targets.own),
-            pseudo=self._pseudo(queries, raw, targets, columns),
+            slots=none,
+            left_raw=none,
+            pairs=none,
+            weights=none,
+            own=none,
+            pseudo=none,
             unjudged_share=self._unjudged_share,
             metric=self._problem.metric,
-            temperature=QUERY_TEMPERATURE if self._by_queries else ROW_TEMPERATURE,
+            origin=self._origin,
+            temperature=1.0,
             query_norms=query_norms / self._typical_norm,
             row_norms=row_norms / self._typical_norm,
         )
 
-    def refresh(self, refine: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def _spread(self, rows: Positions) -> float:
+        """Return the standard deviation of an anchor's similarity to rows, the mean of anchors."""
+        some = self.anchors[:: -(-len(self.anchors) // SAMPLED_ANCHORS)]
+        step = self._bare(some, rows)
+        scores = step.compare(step.queries, step.raw).scores(slice(None))
+        return max(float(scores.std(dim=1).mean()), LEAST_SPREAD)
+
+    def refresh(self, move: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Take as hard negatives the mined rows that are nearest to their query as rows are now.
 
         Args:
-            refine: Maps unit rows, shape (n, d), and places of their offsets, shape (n,), to
-                refined unit rows.
+            move: Maps directions from the origin, shape (n, d), and places of rows' offsets, shape
+                (n,), to moves of the same shape.
         """
         if not self._by_queries or not self._drawn_seldom:
             return
+        side = self._settings.side
+
+        def refine(x: Tensor, slots: NDArray[np.int64]) -> Tensor:
+            return moved(x, self._origin, lambda c: move(c, self._tensor(slots)))
+
         for start in range(0, len(self.anchors), RANKED):
             some = self.anchors[start : start + RANKED]
             mined = self._mined[start : start + RANKED]  # (a, k)
             rows = mined.ravel()
             unit, _ = _unit(self._vectors.take(rows))
-            near = refine(unit, self._tensor(self._slot_of[rows]))
+            near = unit if side is Side.QUERIES else refine(unit, self._slot_of[rows])
             queries, _ = _unit(self._anchor_vectors.take(some))
-            if self._settings.side is Side.BOTH:
-                none = np.full(len(queries), len(self.offset_rows))
-                queries = refine(queries, self._tensor(none))
+            if side is not Side.DOCS:
+                queries = refine(queries, np.full(len(queries), len(self.offset_rows)))
             scores = torch.einsum("ad,akd->ak", queries, near.view(*mined.shape, -1))
             best = scores.topk(self._hard.shape[1], dim=1).indices.cpu().numpy()
             self._hard[some] = np.take_along_axis(mined, best, axis=1)
@@ -286,6 +326,15 @@ class Sampler:
         return torch.as_tensor(array, device=self._device)
 
 
+def mean_direction(vectors: Vectors, rows: Positions) -> Vectors:
+    """Return the mean of rows at unit length, shape (d,)."""
+    total = np.zeros(vectors.shape[1])
+    for start in range(0, len(rows), SAMPLE):
+        block = vectors[rows[start : start + SAMPLE]].astype(np.float64)
+        total += (block / np.linalg.norm(block, axis=1, keepdims=True)).sum(axis=0)
+    return (total / len(rows)).astype(np.float32)
+
+
 def _unit(vectors: Tensor) -> tuple[Tensor, Tensor]:
     norms = vectors.norm(dim=1)
     return vectors / norms[:, None], norms
@@ -306,12 +355,12 @@ def _pairs(
     return neighbour_pairs(problem.vectors, rows, anchors, k=NEIGHBOURS, device=device)
 
 
-def _favour_near(queries: Tensor, raw: Tensor, pairs: Tensor, even: Tensor) -> Tensor:
+def _favour_near(step: Step) -> Tensor:
     """Mix even weights of positives with weights that favour the anchor's raw neighbours."""
-    anchor = pairs[0]
-    cosine = Similarity(queries / ROW_TEMPERATURE, raw).of_pairs(pairs)
-    top = torch.full((len(queries),), -torch.inf, device=raw.device)
-    top = top.scatter_reduce(0, anchor, cosine, "amax")
-    near = (cosine - top[anchor]).exp()
+    anchor = step.pairs[0]
+    similar = step.compare(step.queries, step.raw).of_pairs(step.pairs)
+    top = torch.full((len(step.queries),), -torch.inf, device=step.raw.device)
+    top = top.scatter_reduce(0, anchor, similar, "amax")
+    near = (similar - top[anchor]).exp()
     near = near / torch.zeros_like(top).index_add(0, anchor, near)[anchor]
-    return NEAR_SHARE * near + (1 - NEAR_SHARE) * even
+    return NEAR_SHARE * near + (1 - NEAR_SHARE) * step.weights

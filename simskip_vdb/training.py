@@ -29,7 +29,7 @@ except ImportError as error:
 
 from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
-from simskip_vdb.model import Residual, projector
+from simskip_vdb.model import Residual, moved, projector
 from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates
 from simskip_vdb.plans import Plan as Plan
 from simskip_vdb.sampling import Problem as Problem
@@ -105,9 +105,11 @@ def _train(
     rng = np.random.default_rng(settings.seed)
     sampler = None
     anchors, offset_rows, keep = usable, usable[:0], np.empty(0, np.float32)
+    origin = np.empty(0, np.float32)  # views are compared as published
     if signal is not Signal.AUGMENT:
         sampler = Sampler(problem, signal, settings, rng, device)
         anchors, offset_rows, keep = sampler.anchors, sampler.offset_rows, sampler.keep
+        origin = sampler.origin
     epoch = math.ceil(len(anchors) / settings.batch_size)
     total = min(settings.steps, max(MIN_STEPS, EPOCHS * epoch))
     order = rng.permutation(anchors)
@@ -130,7 +132,7 @@ def _train(
         for step in range(done + 1, total + 1):
             if sampler is not None and step % max(1, total // REFRESHED) == 0:
                 with _as_applied(f):
-                    sampler.refresh(lambda x, slots: F.normalize(x + f(x) + offsets(slots), dim=1))
+                    sampler.refresh(lambda c, slots: f(c) + offsets(slots))
             for group in (*dense.param_groups, *sparse.param_groups):
                 group["lr"] = (
                     settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
@@ -168,6 +170,7 @@ def _train(
         metric=problem.metric,
         alpha=1.0,
         beta=1.0,
+        origin=origin,
         layers=f.folded(),
         offset_ids=ids[by_id],
         offsets=(offsets.weight.detach().cpu().numpy()[:m] * keep[:, None])[by_id],
@@ -185,19 +188,23 @@ def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:
     """Compare anchors, raw or refined by `side`, with refined rows and raw competitors."""
-    queries, raw = step.queries, step.raw  # (b, d), (c, d)
-    if side is Side.BOTH:
-        moves = f(torch.cat([queries, raw]))  # (b + c, d)
-        queries = F.normalize(queries + moves[: len(queries)], dim=1)
-        moves = moves[len(queries) :]
+    queries, pseudo, raw = step.queries, step.pseudo, step.raw  # (b, d), (b or 0, d), (c, d)
+    keys, origin = raw, step.origin
+    if side is Side.DOCS:
+        keys = moved(raw, origin, lambda c: f(c) + offsets(step.slots))
+    elif side is Side.QUERIES:
+        refined = moved(torch.cat([queries, pseudo]), origin, f)
+        queries, pseudo = refined[: len(queries)], refined[len(queries) :]
     else:
-        moves = f(raw)
-    refined = F.normalize(raw + moves + offsets(step.slots), dim=1)
-    keys = torch.where(step.left_raw[:, None], raw, refined)
+        none = torch.full_like(step.own, offsets.num_embeddings - 1)
+        slots = torch.cat([none, step.slots])
+        refined = moved(torch.cat([queries, raw]), origin, lambda c: f(c) + offsets(slots))
+        queries, keys = refined[: len(queries)], refined[len(queries) :]
+    keys = torch.where(step.left_raw[:, None], raw, keys)
     loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.own)
-    if len(step.pseudo):
+    if len(pseudo):
         # Queries near rows without judgments must go on finding what they found.
-        student, teacher = step.compare(step.pseudo, keys), step.compare(step.pseudo, raw)
+        student, teacher = step.compare(pseudo, keys), step.compare(step.pseudo, raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
 

@@ -38,6 +38,7 @@ def random_refiner(
         layers=layers,
         offset_ids=chosen,
         offsets=rng.normal(0, 0.1, (len(chosen), dim)).astype(np.float32),
+        origin=rng.normal(0, 0.5 / dim**0.5, dim).astype(np.float32),
     )
 
 

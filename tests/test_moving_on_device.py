@@ -14,8 +14,10 @@ from simskip_vdb.moving_on_device import OnDevice
 DIM, ROWS = 24, 700
 
 
-def formula(*, alpha: float = 0.7, beta: float = 0.5) -> Formula:
+def formula(*, alpha: float = 0.7, beta: float = 0.5, away: float = 0.6) -> Formula:
     rng = np.random.default_rng(0)
+    direction = rng.normal(size=DIM)
+    origin = (away * direction / np.linalg.norm(direction)).astype(np.float32)[: DIM * bool(away)]
 
     def layer(wide: int, narrow: int) -> tuple[Vectors, Vectors]:
         weight = rng.normal(size=(wide, narrow)) / np.sqrt(narrow)
@@ -23,7 +25,7 @@ def formula(*, alpha: float = 0.7, beta: float = 0.5) -> Formula:
 
     layers = (layer(DIM // 2, DIM), layer(DIM, DIM // 2), layer(DIM, DIM))
     offsets = rng.normal(size=(50, DIM)).astype(np.float32)
-    return Formula.of(layers, alpha, offsets, beta)
+    return Formula.of(origin, layers, alpha, offsets, beta)
 
 
 @pytest.fixture
@@ -37,16 +39,18 @@ def rows() -> tuple[Vectors, Positions, Mask]:
 
 
 @pytest.mark.parametrize("piece", [64, 100_000])
+@pytest.mark.parametrize("away", [0.0, 0.6])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.7, 0.5), (0.0, 0.5), (0.7, 0.0)])
 def test_rows_move_as_on_the_cpu(
     rows: tuple[Vectors, Positions, Mask],
     monkeypatch: pytest.MonkeyPatch,
     alpha: float,
     beta: float,
+    away: float,
     piece: int,
 ) -> None:
     monkeypatch.setattr(moving_on_device, "PIECE", piece)
-    one = formula(alpha=alpha, beta=beta)
+    one = formula(alpha=alpha, beta=beta, away=away)
     expected = one.apply(*rows)
     found = OnDevice(one, "cpu").apply(*rows)
     x = rows[0]

@@ -29,19 +29,23 @@ def rows(rng: np.random.Generator) -> Vectors:
     return (rng.normal(size=(len(IDS), DIM)) * rng.uniform(0.1, 9, (len(IDS), 1))).astype("f4")
 
 
-@pytest.fixture
-def refiner() -> Refiner:
-    return random_refiner(DIM, IDS)
+@pytest.fixture(params=["about an origin", "about zero"])
+def refiner(request: pytest.FixtureRequest) -> Refiner:
+    made = random_refiner(DIM, IDS)
+    return made if request.param == "about an origin" else replace(made, origin=made.origin[:0])
 
 
 def slow_refined(refiner: Refiner, x: Vectors, row: int | None) -> Vectors:
     """The formula in float64, one row at a time."""
-    unit = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64))
+    origin = refiner.origin.astype(np.float64) if len(refiner.origin) else np.zeros(DIM)
+    apart = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64)) - origin
+    direction = apart / np.linalg.norm(apart)
     (w1, b1), (w2, b2), (w3, b3) = refiner.layers
-    moved = w3 @ np.maximum(w2 @ np.maximum(w1 @ unit + b1, 0) + b2, 0) + b3
-    moved = unit + refiner.alpha * moved
+    moved = w3 @ np.maximum(w2 @ np.maximum(w1 @ direction + b1, 0) + b2, 0) + b3
+    moved = direction + refiner.alpha * moved
     if row in refiner.offset_ids.tolist():
         moved = moved + refiner.beta * refiner.offsets[refiner.offset_ids.tolist().index(row)]
+    moved = origin + np.linalg.norm(apart) * moved / np.linalg.norm(moved)
     return np.asarray(np.linalg.norm(x.astype(np.float64)) * moved / np.linalg.norm(moved))
 
 
@@ -233,8 +237,8 @@ def test_no_refiner_says_what_is_missing(tmp_path: Path, refiner: Refiner) -> No
 def test_a_newer_schema_says_what_to_do(tmp_path: Path, refiner: Refiner) -> None:
     refiner.save(tmp_path)
     path = tmp_path / "refiner.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 2}))
-    with pytest.raises(ConfigError, match=r"schema 2.*upgrade"):
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 3}))
+    with pytest.raises(ConfigError, match=r"schema 3.*upgrade"):
         Refiner.load(tmp_path)
 
 
@@ -299,7 +303,7 @@ def test_files_hold_no_pickle(tmp_path: Path, refiner: Refiner) -> None:
         "refiner.json",
         "refiner.safetensors",
     ]
-    assert json.loads((tmp_path / "refiner.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "refiner.json").read_text())["schema"] == 2
     assert (tmp_path / "refiner.safetensors").read_bytes()[8:9] == b"{"
 
 

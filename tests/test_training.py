@@ -93,7 +93,7 @@ def never(refiners: Sequence[Refiner]) -> list[float]:
     raise AssertionError("a plan leaves nothing to choose")
 
 
-@pytest.mark.parametrize("side", list(Side))
+@pytest.mark.parametrize("side", [Side.DOCS, Side.QUERIES, Side.BOTH])
 def test_judged_queries_lift_queries_that_were_not_seen(problem: Problem, side: Side) -> None:
     fit, held = split(problem)
     validate = precision(fit, held)
@@ -330,7 +330,7 @@ def test_near_positives_weigh_more(problem: Problem) -> None:
     order = cosine.argsort()
     assert (step.weights[order].diff() >= 0).all()
     floor = (1 - sampling.NEAR_SHARE) / len(order)
-    assert step.weights.min().item() == pytest.approx(floor, rel=0.1)
+    assert floor <= step.weights.min().item() < 1.5 * floor
 
 
 def test_pseudo_queries_lie_near_rows_without_judgments(problem: Problem) -> None:
@@ -534,7 +534,7 @@ def test_vectors_on_the_device_are_those_that_are_sent(
     assert sent.id == there.id
 
 
-@pytest.mark.parametrize("side", list(Side))
+@pytest.mark.parametrize("side", [Side.DOCS, Side.QUERIES, Side.BOTH])
 def test_hard_negatives_are_the_mined_rows_nearest_as_rows_are_now(
     problem: Problem, side: Side
 ) -> None:
@@ -543,15 +543,22 @@ def test_hard_negatives_are_the_mined_rows_nearest_as_rows_are_now(
     unit = problem.vectors / np.linalg.norm(problem.vectors, axis=1, keepdims=True)
     turn = np.linalg.qr(np.random.default_rng(1).normal(size=(DIM, DIM)))[0].astype(np.float32)
 
-    def refine(x: Tensor, slots: Tensor) -> Tensor:
-        return x @ torch.as_tensor(turn)
+    def move(direction: Tensor, slots: Tensor) -> Tensor:
+        return direction @ torch.as_tensor(turn) - direction
 
-    sampler.refresh(refine)
+    def turned(x: Vectors) -> Vectors:
+        apart = x - sampler.origin
+        moved = sampler.origin + apart @ turn
+        return np.asarray(moved / np.linalg.norm(moved, axis=1, keepdims=True))
+
+    sampler.refresh(move)
     hard = sampler.state_dict()["hard"].numpy()
     assert problem.queries is not None
     mined = np.argsort(-(problem.queries.vectors @ unit.T), axis=1)[:, : sampling.MINED]
-    asked = problem.queries.vectors @ turn if side is Side.BOTH else problem.queries.vectors
+    queries = problem.queries.vectors / np.linalg.norm(problem.queries.vectors, axis=1)[:, None]
+    asked = queries if side is Side.DOCS else turned(queries)
+    rows = unit if side is Side.QUERIES else turned(unit)
     for query in range(0, QUERIES, 7):
-        scores = unit[mined[query]] @ turn @ asked[query]
+        scores = rows[mined[query]] @ asked[query]
         nearest = mined[query][np.argsort(-scores)[: sampling.HARD_NEGATIVES]]
         assert set(hard[query]) == set(nearest)

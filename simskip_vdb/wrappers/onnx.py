@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import DataError, MissingDependencyError
+from simskip_vdb.moving import NEAREST
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.wrappers.loading import ANYTHING, Expected, load
 
@@ -90,10 +91,19 @@ def _identity(dim: int) -> GraphProto:
 
 
 def _skip_connection(refiner: Refiner) -> GraphProto:
-    """Return ‖x‖ · normalise(x̂ + alpha·f(x̂)) for rows that have such a form, x for others."""
-    constants: dict[str, NDArray[np.generic]] = {"alpha": np.array(refiner.alpha, np.float32)}
-    nodes = _normalise(INPUT, "unit")
-    hidden = "unit"
+    """Return the refiner's formula for rows that have such a form, x for others."""
+    constants: dict[str, NDArray[np.generic]] = {
+        "alpha": np.array(refiner.alpha, np.float32),
+        "origin": refiner.origin if len(refiner.origin) else np.zeros(refiner.dim, np.float32),
+        "nearest": np.array(NEAREST, np.float32),
+    }
+    nodes = [
+        *_normalise(INPUT, "unit"),
+        helper.make_node("Sub", ["unit", "origin"], ["apart"]),
+        *_normalise("apart", "start"),
+        helper.make_node("Mul", ["start_length", "start_peak"], ["distance"]),
+    ]
+    hidden = "start"
     for number, (weight, bias) in enumerate(refiner.layers):
         name = f"layer{number}"
         constants[f"{name}_weight"], constants[f"{name}_bias"] = weight, bias
@@ -105,14 +115,20 @@ def _skip_connection(refiner: Refiner) -> GraphProto:
             nodes.append(helper.make_node("Relu", [name], [hidden]))
     nodes += [
         helper.make_node("Mul", [hidden, "alpha"], ["step"]),
-        helper.make_node("Add", ["unit", "step"], ["moved"]),
+        helper.make_node("Add", ["start", "step"], ["moved"]),
         *_normalise("moved", "direction"),
-        helper.make_node("Mul", ["direction", "unit_length"], ["in_proportion"]),
+        helper.make_node("Mul", ["direction", "distance"], ["around"]),
+        helper.make_node("Add", ["origin", "around"], ["placed"]),
+        *_normalise("placed", "ends"),
+        helper.make_node("Mul", ["ends", "unit_length"], ["in_proportion"]),
         helper.make_node("Mul", ["in_proportion", "unit_peak"], ["scaled"]),
         # What has no direction or is not finite has become NaN on the way, and stays as it was.
         helper.make_node("IsNaN", ["scaled"], ["is_nan"]),
         helper.make_node("IsInf", ["scaled"], ["is_inf"]),
-        helper.make_node("Or", ["is_nan", "is_inf"], ["is_broken"]),
+        helper.make_node("Or", ["is_nan", "is_inf"], ["is_odd"]),
+        helper.make_node("Greater", ["distance", "nearest"], ["is_apart"]),
+        helper.make_node("Not", ["is_apart"], ["is_near"]),
+        helper.make_node("Or", ["is_odd", "is_near"], ["is_broken"]),
         helper.make_node("Cast", ["is_broken"], ["broken_parts"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMax", ["broken_parts"], ["broken_row"], axes=[1]),  # (n, 1)
         helper.make_node("Cast", ["broken_row"], ["stays"], to=TensorProto.BOOL),
