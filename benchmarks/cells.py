@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loading import Dataset
+from loading import PROTOCOL, Dataset
 from numpy.typing import NDArray
 from peers import PEERS, Moved, Task
 
@@ -40,11 +40,23 @@ from simskip_vdb.workspace import Settings, Workspace, open_workspace
 OURS = {
     "ours, judged, docs": (Signal.JUDGED, Side.DOCS),
     "ours, judged, docs, growing": (Signal.JUDGED, Side.DOCS),
+    "ours, judged, queries": (Signal.JUDGED, Side.QUERIES),
     "ours, judged, both": (Signal.JUDGED, Side.BOTH),
     "ours, groups, docs": (Signal.GROUPS, Side.DOCS),
+    "ours, groups, queries": (Signal.GROUPS, Side.QUERIES),
     "ours, groups, both": (Signal.GROUPS, Side.BOTH),
     "ours, neighbours, docs": (Signal.NEIGHBOURS, Side.DOCS),
 }
+BY_PROTOCOL = (
+    "raw",
+    "linear query adapter",
+    "two-layer query adapter",
+    "NUDGE-M",
+    "NUDGE-N",
+    "ours, judged, docs",
+    "ours, judged, queries",
+    "ours, judged, both",
+)
 UNSEEN = " · every query unseen"
 """Ends the names of cells whose queries' relevant rows are hidden from the fit."""
 FOLDS = 5
@@ -58,6 +70,8 @@ Mask = NDArray[np.bool_]
 
 def methods(dataset: Dataset, *, unseen: bool) -> list[str]:
     """Name the methods that apply to a set."""
+    if dataset.name.endswith(PROTOCOL):
+        return list(BY_PROTOCOL)
     labelled = dataset.judgments.labels is not None
     absent = "judged" if labelled else "groups"
     names = [*PEERS, *(name for name in OURS if absent not in name)]

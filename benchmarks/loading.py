@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from simskip_vdb.datatypes import Vectors
+from simskip_vdb.datatypes import Positions, Vectors
 from simskip_vdb.judgments import JudgmentFiles, Judgments, QuerySet, read_judgments
-from simskip_vdb.parsing import RowColumn
+from simskip_vdb.parsing import Qrels, RowColumn
 
+PROTOCOL = " (NUDGE's protocol)"
+"""Ends the names of sets whose queries are pooled and shared out anew."""
 DIGIT_ROWS = 1350  # of 1,797; the other 447 are test queries
 
 
@@ -94,6 +96,50 @@ def digits() -> Dataset:
     return Dataset(
         name="digits", encoder="pixels", vectors=vectors[:DIGIT_ROWS], judgments=judgments
     )
+
+
+def pooled(dataset: Dataset, seed: int) -> Dataset | None:
+    """Share all judged queries out anew, 70 : 10 : 20, as NUDGE does (arXiv:2409.02343, section 4).
+
+    Returns:
+        The set under the name ``… (NUDGE's protocol)``; None where it has labels.
+    """
+    given = dataset.judgments
+    if given.labels is not None:
+        return None
+    sets = [queries for queries in (given.queries, given.dev, given.test) if queries is not None]
+    names = [name for queries in sets for name in queries.ids]
+    vectors = np.concatenate([queries.vectors for queries in sets])
+    judged = [queries.qrels for queries in sets if queries.qrels is not None]
+    asked = np.array([name for qrels in judged for name in qrels.query_ids])
+    rows = np.array([name for qrels in judged for name in qrels.doc_ids])
+    grades = np.concatenate([qrels.grades for qrels in judged])
+    order = np.random.default_rng(seed).permutation(len(names))
+    ends = [round(share * len(names)) for share in (0.7, 0.8)]
+
+    def part(option: str, places: Positions) -> QuerySet:
+        ids = [names[place] for place in places]
+        own = np.isin(asked, ids)
+        return QuerySet(
+            option=option,
+            ids=tuple(ids),
+            vectors=vectors[places],
+            qrels=Qrels(
+                source=f"{dataset.name}'s judgments",
+                query_ids=asked[own].tolist(),
+                doc_ids=rows[own].tolist(),
+                grades=grades[own],
+            ),
+        )
+
+    fit, validation, test = np.split(order, ends)
+    judgments = replace(
+        given,
+        queries=part("--queries", fit),
+        dev=part("--dev-queries", validation),
+        test=part("--test-queries", test),
+    )
+    return replace(dataset, name=dataset.name + PROTOCOL, judgments=judgments)
 
 
 def unit(x: Vectors) -> Vectors:

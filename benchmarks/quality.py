@@ -5,8 +5,9 @@
 
 A cell is set × encoder × method × seed. Cells are kept in results/quality.jsonl; one is measured
 again only if the code that makes it has changed. DIR holds one folder a set, with corpus.npy,
-doc_ids.txt, queries, qrels or labels; scikit-learn's digits come on top. --crossfit-rows adds
-cells in which every test query is scored unseen: by fits that knew no query sharing its rows.
+doc_ids.txt, queries, qrels or labels; scikit-learn's digits come on top. With seed 0, judged sets
+are measured by NUDGE's protocol as well: all of their queries, shared out anew. --crossfit-rows
+adds cells in which every test query is scored unseen: by fits that knew no query sharing its rows.
 The second form measures nothing, and puts the tables into README.md and docs/quality.md.
 """
 
@@ -24,15 +25,16 @@ import cells
 import machine
 import peers
 import torch
-from loading import datasets
-from table import KEY, read, summary, table
+from loading import datasets, pooled
+from table import KEY, protocol, read, summary, table
 
 import simskip_vdb
 from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
-FIT = ("config", "losses", "model", "pairs", "plans", "sampling", "training", "working_set")
+FIT = ("config", "losses", "model", "moving", "pairs", "plans", "refiner", "ridge", "sampling")
+FIT += ("training", "working_set")
 PUBLISHED = "SimSkip as published"
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     if options.docs:
         machine.put(HERE.parent / "README.md", "quality", summary(found))
         machine.put(HERE.parent / "docs" / "quality.md", "quality", table(found))
+        machine.put(HERE.parent / "docs" / "quality.md", "protocol", protocol(found))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -65,7 +68,10 @@ def measure(options: argparse.Namespace) -> None:
         tuple(cell[name] for name in KEY): cell["code"] for cell in read(options.results, code)
     }
     for seed in map(int, options.seeds.split(",")):
-        for dataset in datasets(options.data, options.sets):
+        found = datasets(options.data, options.sets)
+        if seed == 0:
+            found += filter(None, [pooled(dataset, seed) for dataset in found])
+        for dataset in found:
             for method in cells.methods(dataset, unseen=options.crossfit_rows):
                 key = (dataset.name, dataset.encoder, method, seed)
                 if options.methods not in method or known.get(key) == code(method):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cells import BY_PROTOCOL
+from loading import PROTOCOL
 from numpy.typing import NDArray
 
 from simskip_vdb.gate import Comparison
@@ -40,7 +42,24 @@ def table(cells: Sequence[Cell]) -> str:
     intervals of the gain over the vectors as they are, over queries whose gain is averaged over
     seeds.
     """
-    return "\n\n".join(_one_set(*key, own) for key, own in sorted(_by_set(cells).items()))
+    own = [cell for cell in cells if not cell["set"].endswith(PROTOCOL)]
+    return "\n\n".join(_one_set(*key, own) for key, own in sorted(_by_set(own).items()))
+
+
+def protocol(cells: Sequence[Cell]) -> str:
+    """Return one markdown table of what was measured by NUDGE's protocol."""
+    lines = ["| set | measure | " + " | ".join(BY_PROTOCOL) + " |"]
+    lines.append("|" + "---|" * (len(BY_PROTOCOL) + 2))
+    pooled = [cell for cell in cells if cell["set"].endswith(PROTOCOL)]
+    for (name, encoder), own in sorted(_by_set(pooled).items()):
+        for measure in ("nDCG@10", "R@10"):
+            row = [f"{name.removesuffix(PROTOCOL)} ({encoder})", measure]
+            for method in BY_PROTOCOL:
+                found = [cell for cell in own if cell["method"] == method]
+                level = _mean(cell["measures"][measure][1] for cell in found) if found else None
+                row.append("–" if level is None else f"{level:.4f}{_mark(found)}")
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
 def summary(cells: Sequence[Cell]) -> str:
@@ -50,15 +69,23 @@ def summary(cells: Sequence[Cell]) -> str:
     test, which ours is held against on purpose.
     """
     head = ["set", "measure", "raw", "NUDGE-N", "best other method", "ours, docs", "gain, 95 %"]
-    head += ["over NUDGE-N, 95 %", "unseen queries", "late rows", "gate", "ours, both"]
+    head += [
+        "over NUDGE-N, 95 %",
+        "unseen queries",
+        "late rows",
+        "gate",
+        "ours, queries",
+        "ours, both",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for key, own in sorted(_by_set(cells).items()):
+    own_splits = [cell for cell in cells if not cell["set"].endswith(PROTOCOL)]
+    for key, own in sorted(_by_set(own_splits).items()):
         found: dict[str, list[Cell]] = {}
         for cell in own:
             found.setdefault(cell["method"], []).append(cell)
-        docs, both = (
+        docs, queries, both = (
             found.get(f"ours, judged, {side}") or found.get(f"ours, groups, {side}")
-            for side in ("docs", "both")
+            for side in ("docs", "queries", "both")
         )
         nudge = found.get("NUDGE-N")
         best = max(filter(_is_other, found), key=lambda name: _level(found[name]), default=None)
@@ -74,6 +101,7 @@ def summary(cells: Sequence[Cell]) -> str:
             _interval(docs, seen=False),
             _late(docs) if docs else "–",
             _gate(docs) if docs else "–",
+            _shown(queries),
             _shown(both),
         ]
         lines.append("| " + " | ".join(row) + " |")

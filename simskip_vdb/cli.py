@@ -222,6 +222,8 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     simskip refine "qdrant://localhost:6333/products?vector=text" --queries q.parquet \
         --qrels qrels.tsv --doc-id-field sku
     simskip refine qdrant-edge:shard --group-field category
+    simskip refine faiss:shared.faiss --queries q.npy --query-ids q.txt --qrels qrels.tsv \
+        --doc-ids ids.txt --side queries --out refiner
     simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
     RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows --executor ray --refiner DIR \
         --queries q.npy --query-ids q.txt --qrels qrels.tsv
@@ -230,7 +232,8 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     from simskip_vdb.report import render
     from simskip_vdb.upkeep import leave_page
 
-    store, judgments, settings = _prepare(index, options, read_only=bool(options.get("dry_run")))
+    read_only = options["dry_run"] or options["side"] == "queries"
+    store, judgments, settings = _prepare(index, options, read_only=read_only)
     with stops_on_sigterm() as stop, Bars() as bars:
         report = pipeline.refine(store, judgments, settings, progress=Pace(bars, stop=stop))
         if not settings.dry_run:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.config import Signal
+from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions, Progress, Split
 from simskip_vdb.evaluation import compare, depth, relevant_rows, score, seen_queries
 from simskip_vdb.fitting import (
@@ -30,13 +30,14 @@ from simskip_vdb.measuring import (
     judgments_digest,
     weigh,
 )
+from simskip_vdb.plans import IDENTITY, Plan
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.resolution import concatenate
 from simskip_vdb.splits import deal, near_identical
 from simskip_vdb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from simskip_vdb.training import Plan, Problem
+    from simskip_vdb.training import Problem
 
 BELOW = 150
 """Judged queries of which a fifth would be too few to test by."""
@@ -50,6 +51,8 @@ variance of a mean over folds is then about (1/k + n_test/n_train) of a fold's, 
 """
 
 Scores = NDArray[np.float64]
+Choice = tuple[FitSettings, Plan]
+"""How to fit, its side among it, and how far to move."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +60,7 @@ class CrossFit:
     """A refiner fitted on all queries, and those that prove it.
 
     Attributes:
-        refiner: Fitted on all queries, with the folds' median weights.
+        refiner: Fitted on all queries, with the weights of the folds' middle choice.
         queries: All judged queries.
         fold: Shape (m,); which of `refiners` scores a query.
         refiners: One a fold, fitted and chosen without its queries.
@@ -85,7 +88,8 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
 
     A fold's refiner is chosen inside the other folds: one of them validates alpha and beta of
     a fit on the rest, and what was chosen is fitted again on all of them. The refiner of all
-    queries takes the folds' median alpha and beta. From here on, all queries count as fitted on.
+    queries takes the middle one of the folds' choices. From here on, all queries count as fitted
+    on.
 
     Args:
         space: The index and its judgments.
@@ -102,18 +106,18 @@ def cross_fit(space: Workspace, progress: Progress) -> CrossFit:
     problem = problem_of(space, everyone)
     key = judgments_digest(everyone, space.rows.ids) + fit_key(space)
     with space.timed("fit"), checkpoints(space, hashlib.sha256(key.encode()).hexdigest()):
-        refiners, plans = [], []
+        refiners, choices = [], []
         for number in range(FOLDS):
-            refiner, plan = _fit_fold(space, problem, parts, number, progress)
+            refiner, choice = _fit_fold(space, problem, parts, number, progress)
             refiners.append(refiner)
-            plans.append(plan)
-        plan = _median(plans)
-        info: dict[str, Any] = {"folds": [[p.alpha, p.beta] for p in plans]}
+            choices.append(choice)
+        choice = _typical(choices)
+        info: dict[str, Any] = {"folds": [[plan.alpha, plan.beta] for _, plan in choices]}
         rule = LateRule.RAW
-        if plan.alpha or plan.beta:
-            rule, info["late_rows"] = _late_rows(space, problem, parts, plan, progress)
+        if choice[1] != IDENTITY:
+            rule, info["late_rows"] = _late_rows(space, problem, parts, choice, progress)
         space.judged = replace(space.judged, queries=_roles(space, everyone))
-        refiner = _fit(space, problem, plan, progress, "fit on all queries")
+        refiner = _fit(space, problem, choice, progress, "fit on all queries")
         refiner = replace(refiner, late=rule)
         refiner = recorded(refiner, space, problem, info)
     return CrossFit(refiner=refiner, queries=everyone, fold=fold, refiners=tuple(refiners))
@@ -157,34 +161,43 @@ def _fit_fold(
     parts: list[JudgedQueries],
     number: int,
     progress: Progress,
-) -> tuple[Refiner, Plan]:
+) -> tuple[Refiner, Choice]:
     from simskip_vdb.training import fit_refiner
 
     inner = (number + 1) % len(parts)
     fit = _without(space, parts, number, inner)
+    best: list[tuple[float, Choice]] = []
     with queries_as(space, _roles(space, fit, parts[inner])):
-        plan = fit_refiner(
-            replace(problem, queries=fit),
-            space.settings.fit,
-            space.validate,
-            progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
-            checkpoint=space.checkpoint(),
-        ).plan
-    rest = _without(space, parts, number)
-    rest_only = replace(problem, queries=rest)
-    return _fit(space, rest_only, plan, progress, f"fit, fold {number + 1}"), plan
+        for settings in space.settings.sides:
+            if not space.may_choose(settings.side):
+                continue
+            fitted = fit_refiner(
+                replace(problem, queries=fit),
+                settings,
+                space.validate,
+                progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
+                checkpoint=space.checkpoint(),
+            )
+            if fitted.plan == IDENTITY:
+                fitted = fitted.tried(fitted.wider(), space.validate)
+            score = max(trial.score for trial in fitted.trials)
+            best.append((score, (settings, fitted.plan)))
+    choice = max(best, key=lambda item: item[0])[1]
+    rest_only = replace(problem, queries=_without(space, parts, number))
+    return _fit(space, rest_only, choice, progress, f"fit, fold {number + 1}"), choice
 
 
-def _fit(space: Workspace, problem: Problem, plan: Plan, progress: Progress, stage: str) -> Refiner:
+def _fit(
+    space: Workspace, problem: Problem, choice: Choice, progress: Progress, stage: str
+) -> Refiner:
     from simskip_vdb.training import fit_refiner
 
-    if not plan.alpha and not plan.beta:
-        return Refiner.identity(
-            space.info.dim, side=space.settings.fit.side, metric=space.info.metric
-        )
+    settings, plan = choice
+    if plan == IDENTITY:
+        return Refiner.identity(space.info.dim, side=settings.side, metric=space.info.metric)
     return fit_refiner(
         problem,
-        space.settings.fit,
+        settings,
         space.validate,
         progress=lambda done, total, _: progress(stage, done, total),
         plan=plan,
@@ -192,34 +205,26 @@ def _fit(space: Workspace, problem: Problem, plan: Plan, progress: Progress, sta
     ).refiner
 
 
-def _median(plans: list[Plan]) -> Plan:
-    from simskip_vdb.training import Plan
-
-    return Plan(
-        alpha=float(np.median([plan.alpha for plan in plans])),
-        beta=float(np.median([plan.beta for plan in plans])),
-    )
+def _typical(choices: list[Choice]) -> Choice:
+    """Return the side that most folds chose, and the middle one of their plans for it."""
+    sides = [settings.side for settings, _ in choices]
+    most = max(dict.fromkeys(sides), key=sides.count)
+    found = [choice for choice in choices if choice[0].side is most]
+    found.sort(key=lambda choice: (choice[1].alpha, choice[1].beta, choice[1].penalty or 0.0))
+    return found[(len(found) - 1) // 2]
 
 
 def _late_rows(
     space: Workspace,
     problem: Problem,
     parts: list[JudgedQueries],
-    plan: Plan,
+    choice: Choice,
     progress: Progress,
 ) -> tuple[LateRule, dict[str, Any]]:
     """Let the first fold's queries tell how late rows fare with a probe fitted on the others."""
-    from simskip_vdb.training import fit_refiner
-
     late, rest = choose_late_rows(space), _without(space, parts, 0)
-    probe = fit_refiner(
-        replace(problem, queries=rest, late=late),
-        space.settings.fit,
-        space.validate,
-        progress=lambda done, total, _: progress("probe", done, total),
-        plan=plan,
-        checkpoint=space.checkpoint(),
-    ).refiner
+    blind = replace(problem, queries=rest, late=late)
+    probe = _fit(space, blind, choice, progress, "probe")
     with queries_as(space, _roles(space, rest, parts[0])):
         share, rule = treat_late_rows(space, probe, late)
     return rule, {**share.to_dict(), "rule": rule.value}

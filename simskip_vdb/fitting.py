@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.config import Signal
-from simskip_vdb.datatypes import JudgedQueries, Progress, Split
+from simskip_vdb.config import FitSettings, Signal
+from simskip_vdb.datatypes import JudgedQueries, Progress, Side, Split
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
 from simskip_vdb.measuring import Measured, judgments_digest, learnt_from, measure
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TOP = 10
 LATE_ROWS = 0.1  # part of the rows that the probe treats as late
 FEW_QUERIES = 300  # fewer validation queries are too few to choose by on their own
+TRIED = "what was learnt at several weights, in parts, and ridge regressions"
 FOLDS = 4  # with validation, a quarter of what it was drawn from, as the first
 
 Mask = NDArray[np.bool_]
@@ -96,57 +98,102 @@ def _validated_on(space: Workspace) -> str:
     return judgments_digest(space.judged.queries[Split.VALIDATION], space.rows.ids)
 
 
-def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
-    from simskip_vdb.training import fit_refiner
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Side:
+    """What was fitted for one side, and how its candidates rank.
 
-    judged, settings = space.judged, space.settings.fit
+    Attributes:
+        settings: How it was fitted, the side among it.
+        fits: On the fit queries, and on folds where these are few.
+        ranked: Candidates over all queries that chose, best first.
+        queries: How many those are.
+    """
+
+    settings: FitSettings
+    fits: Sequence[Fitted]
+    ranked: Sequence[Trial]
+    queries: int
+
+
+def _fit(space: Workspace, key: str, progress: Progress) -> Refiner:
+    judged = space.judged
     fit_queries = judged.queries[Split.FIT]
     problem = replace(
         problem_of(space, fit_queries if len(fit_queries) else None),
         usable=space.usable & ~space.twins(judged.held_out),
     )
-
-    def fit(stage: str, problem: Problem, plan: Plan | None) -> Fitted:
-        return fit_refiner(
-            problem,
-            settings,
-            space.validate,
-            progress=lambda done, total, _: progress(stage, done, total),
-            plan=plan,
-            checkpoint=space.checkpoint(),
-        )
-
+    fit = partial(_fit_once, space, progress)
     if not len(judged.queries[Split.VALIDATION]):
         # Nothing to choose by: all of f, as published; the gate will find nothing measured.
-        fitted = fit("fit", problem, Plan(alpha=1.0, beta=1.0))
+        plan = Plan(alpha=1.0, beta=1.0)
+        fitted = fit("fit", problem, space.settings.sides[0], plan)
         return recorded(fitted.refiner, space, problem, _info(fitted, key))
-    fits = [fit("fit", problem, None)]
-    whole = _whole(space, problem, fits[0].signal)
-    folds = _folds(space) if whole.queries is not problem.queries else []
-    for rest, held in folds:
-        with queries_as(space, {**judged.queries, Split.VALIDATION: held}):
-            fits.append(fit("fold", replace(problem, queries=rest), None))
-    sizes = [len(judged.queries[Split.VALIDATION]), *(len(held) for _, held in folds)]
-    ranked = _ranked(fits, sizes)
-    plan = ranked[0].plan
-    info = _info(fits[0], key)
+    sides = [_fit_side(space, problem, settings, fit) for settings in space.settings.sides]
+    allowed = [found for found in sides if space.may_choose(found.settings.side)]
+    chosen = max(allowed, key=lambda found: found.ranked[0].score)
+    first, plan = chosen.fits[0], chosen.ranked[0].plan
+    info = _info(first, key)
     rule = LateRule.RAW
-    if plan.alpha or plan.beta:
+    if plan != IDENTITY:
         late = choose_late_rows(space)
-        probe = fit("probe", replace(problem, late=late), plan)
-        plan, share, rule = _treated(space, probe, [trial.plan for trial in ranked], late)
+        probe = fit("probe", replace(problem, late=late), chosen.settings, plan)
+        plan, share, rule = _treated(space, probe, [trial.plan for trial in chosen.ranked], late)
         info["late_rows"] = {**share.to_dict(), "rule": rule.value}
-    info["choice"] = _choice(ranked, plan, sum(sizes))
-    refiner = fits[0].moved(plan)
+    info["choice"] = _choice(chosen, plan)
+    if len(sides) > 1:
+        info["sides"] = {
+            found.settings.side.value: _choice(found, found.ranked[0].plan) for found in sides
+        }
+    refiner = first.moved(plan)
     measured = measure(space, refiner, Split.VALIDATION)
     assert measured is not None
     info["validation"] = asdict(measured[0])
     info["validated_on"] = _validated_on(space)
+    whole = _whole(space, problem, first.signal)
     if refiner.is_identity:
         return recorded(refiner, space, problem, info)
     if whole is not problem:
-        refiner = fit("fit on all", whole, plan).refiner
+        refiner = fit("fit on all", whole, chosen.settings, plan).refiner
     return recorded(replace(refiner, late=rule), space, whole, info)
+
+
+def _fit_once(
+    space: Workspace,
+    progress: Progress,
+    stage: str,
+    problem: Problem,
+    settings: FitSettings,
+    plan: Plan | None,
+) -> Fitted:
+    from simskip_vdb.training import fit_refiner
+
+    return fit_refiner(
+        problem,
+        settings,
+        space.validate,
+        progress=lambda done, total, _: progress(stage, done, total),
+        plan=plan,
+        checkpoint=space.checkpoint(),
+    )
+
+
+def _fit_side(
+    space: Workspace, problem: Problem, settings: FitSettings, fit: Callable[..., Fitted]
+) -> _Side:
+    first = fit("fit", problem, settings, None)
+    fits, roles = [first], [space.judged.queries]
+    for rest, held in _folds(space, first.signal):
+        roles.append({**roles[0], Split.VALIDATION: held})
+        with queries_as(space, roles[-1]):
+            fits.append(fit("fold", replace(problem, queries=rest), settings, None))
+    sizes = [len(queries[Split.VALIDATION]) for queries in roles]
+    ranked = _ranked(fits, sizes)
+    if ranked[0].plan == IDENTITY:
+        for number, queries in enumerate(roles):
+            with queries_as(space, queries):
+                fits[number] = fits[number].tried(fits[number].wider(), space.validate)
+        ranked = _ranked(fits, sizes)
+    return _Side(settings=settings, fits=fits, ranked=ranked, queries=sum(sizes))
 
 
 def _whole(space: Workspace, problem: Problem, signal: Signal) -> Problem:
@@ -164,13 +211,14 @@ def _whole(space: Workspace, problem: Problem, signal: Signal) -> Problem:
     return replace(problem, queries=queries, usable=usable)
 
 
-def _folds(space: Workspace) -> list[tuple[JudgedQueries, JudgedQueries]]:
+def _folds(space: Workspace, signal: Signal) -> list[tuple[JudgedQueries, JudgedQueries]]:
     """Return queries to learn from and to choose by, beside fit and validation, if these are few.
 
     Near-identical queries stay together.
     """
     fit, validation = (space.judged.queries[split] for split in (Split.FIT, Split.VALIDATION))
-    if len(validation) >= FEW_QUERIES:
+    learnt_in_the_end = space.judged.validation_drawn and signal is Signal.JUDGED
+    if not learnt_in_the_end or len(validation) >= FEW_QUERIES:
         return []
     clusters = near_identical(fit.vectors)
     leaders = [fit.ids[i] for i in np.unique(clusters, return_index=True)[1]]
@@ -219,13 +267,15 @@ def _ranked(fits: Sequence[Fitted], sizes: Sequence[int]) -> list[Trial]:
     return sorted(trials, key=lambda trial: -trial.score)
 
 
-def _choice(ranked: Sequence[Trial], plan: Plan, queries: int) -> dict[str, Any]:
-    score = {trial.plan: trial.score for trial in ranked}
+def _choice(side: _Side, plan: Plan) -> dict[str, Any]:
+    score = {trial.plan: trial.score for trial in side.ranked}
+    moving = [trial for trial in side.ranked if trial.plan != IDENTITY]
     return {
         "identity": score[IDENTITY],
         "best": score[plan],
-        "candidates": len(ranked),
-        "queries": queries,
+        "best_move": moving[0].score,
+        "candidates": len(side.ranked),
+        "queries": side.queries,
     }
 
 
@@ -238,8 +288,9 @@ def _treated(
     rows, or simply the best if none is.
     """
     better = plans[: plans.index(IDENTITY)] if space.settings.growing else plans[:1]
+    learnt = better[0].penalty is None
     found = []
-    for plan in better:
+    for plan in (plan for plan in better if (plan.penalty is None) == learnt):
         share, rule = treat_late_rows(space, probe.moved(plan), late)
         if share.fair:
             return plan, share, rule
@@ -289,7 +340,7 @@ def treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateR
     skip = space.skipped(Split.VALIDATION)
     raw = space.search(judged.vectors, space.rows.blocks(), TOP, skip).ids
     found = []
-    for rule in (LateRule.RAW, LateRule.F) if probe.alpha > 0 else (LateRule.RAW,):
+    for rule in (LateRule.RAW, LateRule.F) if probe.moves_rows and probe.alpha else (LateRule.RAW,):
         refiner = replace(probe, late=rule)
         blocks = space.refined_blocks(refiner, late)
         ranked = space.search(refiner(judged.vectors), blocks, TOP, skip).ids
@@ -331,6 +382,7 @@ def fit_key(space: Workspace) -> str:
     """Hash everything that a fit depends on: rows, judgments, settings, version."""
     digest = hashlib.sha256(version("simskip-vdb").encode())
     settings = asdict(space.settings.fit) | {"growing": space.settings.growing}
+    settings["sides"] = [side for side in Side if space.may_choose(side)]
     digest.update(json.dumps(settings, default=str, sort_keys=True).encode())
     digest.update(space.measure.encode())
     order = np.argsort(space.rows.ids, kind="stable")
@@ -356,6 +408,12 @@ def describe(info: Mapping[str, Any]) -> str:
     found = info.get("choice")
     if found is None:
         return ""
+    if found["best"] == found["identity"]:
+        return (
+            f"the best of {found['candidates'] - 1} moves that were tried ({TRIED}) scored "
+            f"{found['best_move']:.4f} on {found['queries']} queries to choose by, the vectors as "
+            f"they are {found['identity']:.4f}"
+        )
     return (
         f"the one chosen of {found['candidates']} candidates scored {found['best']:.4f} on "
         f"{found['queries']} queries to choose by, the vectors as they are {found['identity']:.4f}"

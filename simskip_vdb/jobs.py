@@ -65,7 +65,7 @@ _KEYS: Mapping[str, Kind] = {
     "guard_field": values.text,
     "originals": values.originals,
     "originals_ids": values.file,
-    "side": values.choice(*(side.value for side in Side)),
+    "side": values.choice(Side.DOCS.value, Side.BOTH.value),  # others leave nothing to write
     "mode": values.choice(IN_PLACE, NEW_VECTOR, NEW_COLLECTION),
     "executor": values.choice(LOCAL, RAY),
     "signal": values.choice(*(signal.value for signal in Signal)),

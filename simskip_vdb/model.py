@@ -49,6 +49,13 @@ class Residual(nn.Module):
         return (_fold(self.down, self.down_norm), _fold(self.up, self.up_norm), last)
 
 
+def directions(x: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the directions of unit rows, shape (n, d), from an origin, and distances (n, 1)."""
+    apart = x - origin
+    length = apart.norm(dim=1, keepdim=True).clamp_min(NEAREST)
+    return apart / length, length
+
+
 def moved(x: Tensor, origin: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
     """Move unit rows on the sphere around an origin that each lies on, as `moving` does.
 
@@ -60,9 +67,7 @@ def moved(x: Tensor, origin: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor
     Returns:
         Unit rows, shape (n, d).
     """
-    apart = x - origin
-    length = apart.norm(dim=1, keepdim=True).clamp_min(NEAREST)
-    direction = apart / length
+    direction, length = directions(x, origin)
     return F.normalize(origin + length * F.normalize(direction + move(direction), dim=1), dim=1)
 
 

@@ -123,10 +123,11 @@ seed = click.option(
 fitting = _together(
     click.option(
         "--side",
-        type=click.Choice(["docs", "both"]),
+        type=click.Choice(["docs", "queries", "both", "auto"]),
         default="docs",
         show_default=True,
-        help="docs: only stored rows move. both: queries pass through the refiner too.",
+        help="docs: only stored rows move. queries: the index stays as it is, and queries pass "
+        "through the refiner. both: rows and queries. auto: what validates best of these.",
     ),
     click.option(
         "--signal",

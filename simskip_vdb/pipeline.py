@@ -13,8 +13,9 @@ from simskip_vdb.attempts import Attempt, judged_digests
 from simskip_vdb.crossfit import CrossFit, applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, silent
 from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.evaluation import relevant_rows
 from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
-from simskip_vdb.gate import Decision, decide
+from simskip_vdb.gate import MIN_QUERIES, Decision, decide
 from simskip_vdb.journal import IN_PLACE
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.measuring import Measured, ThroughIndex, measure
@@ -34,7 +35,7 @@ from simskip_vdb.workspace import (
     keep_refiner,
     open_workspace,
 )
-from simskip_vdb.writing import finish, interrupted, reindex, unchanged
+from simskip_vdb.writing import finish, interrupted, reindex, search_refined, unchanged
 
 LEARNT_SINCE = (
     "the refiner learnt from the validation queries once they had chosen it; shown is what they "
@@ -105,6 +106,7 @@ def evaluate(
             folder = space.journal.refiners / written.refiner
             space.current = None  # before: the originals
         refiner = _load(folder, space) if folder else _identity(space)
+        _check_originals(space, refiner)
         if not len(space.judged.queries[on]):
             raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
         as_is = written is not None and settings.refiner is None
@@ -134,7 +136,8 @@ def refine(
     """Refine an index if held-out queries prove that retrieval gets better.
 
     Args:
-        store: The index; written in place with side docs, copied to `settings.output` with both.
+        store: The index; written in place with side docs, copied to `settings.output` with both,
+            left as it is with queries.
         judgments: Queries with judgments, groups, or neither.
         settings: What to do.
         progress: Called with (stage, done, total).
@@ -161,15 +164,20 @@ def refine(
         if settings.refiner is None and report.refiner is not None:
             remember_attempt(space, judgments, report.refiner["id"])
         outcome = "refused" if report.exit_code else "written"
-        if report.gate is None:
+        if not report.exit_code and (report.gate is None or report.side == Side.QUERIES.value):
             outcome = "unchanged"
         Runs(space.journal.folder).add(record_of(report, "refine", outcome, found))
         return report
 
 
 def _refine(space: Workspace, progress: Progress) -> Report:
+    hopeless = _hopeless(space)
+    if hopeless is not None:
+        decision = Decision(passed=False, look=None, reasons=(hopeless,))
+        return build_report(space, "refine", _identity(space), None, None, decision)
     refiner, crossed = fitted(space, progress)
     _check_output(space.store, space.settings, refiner.side)
+    _check_originals(space, refiner)
     folder = _save(refiner, space)
     if interrupted(space) is not None:
         resumed = finish(space, refiner, folder, progress)
@@ -218,7 +226,11 @@ def challenge(
         measured, evidence = measure_cross_fit(space, crossed)
     decision = decide(evidence, accept_unmeasured=space.settings.accept_unmeasured)
     report = build_report(space, "refine", refiner, folder, measured, decision)
-    return reindex(space, refiner, report, progress) if decision.passed else report
+    if not decision.passed:
+        return report
+    if refiner.side is Side.QUERIES:
+        return search_refined(space, refiner, report)
+    return reindex(space, refiner, report, progress)
 
 
 def remember_attempt(space: Workspace, judgments: Judgments, refiner: str) -> None:
@@ -284,6 +296,41 @@ def _identity(space: Workspace) -> Refiner:
     return Refiner.identity(space.info.dim, metric=space.info.metric)
 
 
+def _hopeless(space: Workspace) -> str | None:
+    """Tell before a fit why the gate would refuse whatever it found."""
+    judged, settings = space.judged, space.settings
+    if settings.accept_unmeasured or judged.groups is not None or applies(space):
+        return None
+    counts = {split: len(queries) for split, queries in judged.queries.items()}
+    if not sum(counts.values()):
+        return None
+    if not any(len(relevant_rows(queries)) for queries in judged.queries.values()):
+        return (
+            "no judged row is in the index, so nothing can be learnt or measured; give --doc-ids "
+            "or --doc-id-field, so that the judgments' ids find their rows"
+        )
+    if counts[Split.TEST] < MIN_QUERIES:
+        return (
+            f"only {counts[Split.TEST]} test queries: at least {MIN_QUERIES} are needed to prove a "
+            "gain, so nothing was fitted; add judged queries"
+        )
+    return None
+
+
+def _check_originals(space: Workspace, refiner: Refiner) -> None:
+    """Make sure that a refiner of queries alone meets the rows that it was fitted on.
+
+    Raises:
+        ConfigError: The index holds refined rows.
+    """
+    if refiner.side is Side.QUERIES and space.current is not None:
+        raise ConfigError(
+            f"{space.info.uri} holds rows refined by {space.current.refiner}, and side queries "
+            f"refines queries for the rows as they were: undo it first: "
+            f"{undo_command(space.info.uri)}"
+        )
+
+
 def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> None:
     """Make sure that there is a place for what will be written.
 
@@ -302,6 +349,12 @@ def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> 
             f"queries use are left alone: {where}"
         )
     check_mode(store, settings.mode)
+    asked = settings.fit.side if settings.refiner is None else side
+    if asked is Side.QUERIES and not in_place:
+        raise ConfigError(
+            "side queries writes no vectors: leave out --output and --mode; the refiner is saved "
+            "beside the index, and where --out says"
+        )
     if side is Side.DOCS and settings.output is not None:
         raise ConfigError(
             "side docs is written in place and undone by rollback; --output belongs to --side both"

@@ -227,8 +227,8 @@ class Refiner:
         A service calls it when it starts, and whenever the store may have been refined again.
 
         Raises:
-            ConfigError: The store was refined by another refiner, or by none; or its dimension or
-                metric is another.
+            ConfigError: The store was refined by another refiner, or by none, or by any where this
+                one moves queries alone; or its dimension or metric is another.
         """
         info = store.info()
         if (info.dim, info.metric) != (self.dim, self.metric):
@@ -237,6 +237,14 @@ class Refiner:
                 f"{info.uri} has {info.dim} and {info.metric.value}"
             )
         note = marker_of(store)
+        if self.side is Side.QUERIES:
+            if note is not None:
+                raise ConfigError(
+                    f"{info.uri} holds rows refined by {note.get('refiner')}, and {self.id} "
+                    "refines queries for rows as they were; load the refiner that wrote it "
+                    f"(simskip status {shlex.quote(info.uri)})"
+                )
+            return
         if note is None or note.get("refiner") != self.id:
             held = "originals" if note is None else f"rows refined by {note.get('refiner')}"
             raise ConfigError(

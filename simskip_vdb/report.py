@@ -28,7 +28,7 @@ class Report:
         rows: Rows in the index.
         dim: Dimension.
         metric: ``cosine``, ``dot`` or ``euclid``.
-        side: ``docs`` or ``both``.
+        side: ``docs``, ``queries`` or ``both``.
         refiner: id, path, alpha, beta, late rule; None where there is none.
         split: Which queries `measures` and `strata` are on: ``test``, ``validation`` or
             ``cross-fitted``, which is all of them.
@@ -311,6 +311,10 @@ def _outcome(report: Mapping[str, Any]) -> str:
     lines += [f"note: {note}" for note in report["notes"]]
     if written is not None and written["mode"] in IN_THE_INDEX:
         lines += _written(report["index"], written)
+    if report["side"] == "queries" and gate is not None and gate["passed"]:
+        path = report["refiner"]["path"]
+        lines.append("the index stays as it is, and raw queries go on as before")
+        lines.append(f"pass queries through the refiner: Refiner.load({path!r})(queries)")
     if written is not None and written["mode"] == "copy":
         lines.append(f"written: {written['rows']:,} rows to {written['path']}, verified")
         path = report["refiner"]["path"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.datatypes import id_names
+from simskip_vdb.datatypes import Side, id_names
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.gate import Decision
 from simskip_vdb.journal import NEW_VECTOR, Journal
@@ -60,6 +60,7 @@ def build_report(
         )
     if bad:
         notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
+    notes += _sides(space, refiner)
     return Report(
         action=action,
         index=space.info.uri,
@@ -89,6 +90,23 @@ def build_report(
         seconds=dict(space.seconds),
         detail=None if measured is None else measured.detail,
     )
+
+
+def _sides(space: Workspace, refiner: Refiner) -> list[str]:
+    """Say what validation found of each side, where it chose among them."""
+    found = refiner.info.get("sides")
+    if found is None:
+        return []
+    first = next(iter(found.values()))
+    parts = [f"as it is {first['identity']:.4f}"]
+    for side, choice in found.items():
+        chosen = " (chosen)" if side == refiner.side.value else ""
+        parts.append(f"{side} {choice['best']:.4f}{chosen}")
+    said = f"{space.measure} on {first['queries']} queries to choose by: {', '.join(parts)}"
+    best = max(found, key=lambda side: float(found[side]["best"]))
+    if best == Side.BOTH.value and refiner.side is not Side.BOTH:
+        said += "; both need --output FILE, or another --mode in Qdrant"
+    return [said]
 
 
 def summarise(space: Workspace, refiner: Refiner, report: Report) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from simskip_vdb.residence import Resident
 # In standard deviations of a query's similarity to rows, so that encoders whose cosines are crowded
 # learn as those whose cosines are not; rows lie closer to their own than queries to their answers.
 QUERY_TEMPERATURE = 0.6
-ROW_TEMPERATURE = 0.17
+ROW_TEMPERATURE = 0.15
 
 HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
 MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom

@@ -132,6 +132,7 @@ def changes(run: Run) -> Facts:
 
 _SIDES = {
     "docs": "rows only; queries are used as they are",
+    "queries": "queries only: pass them through the refiner; rows stay as they are",
     "both": "rows and queries: pass queries through the refiner too",
 }
 

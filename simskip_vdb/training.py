@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +30,9 @@ except ImportError as error:
 from simskip_vdb.checkpoint import Checkpoint
 from simskip_vdb.losses import distillation, info_nce, nt_xent
 from simskip_vdb.model import Residual, moved, projector
-from simskip_vdb.plans import IDENTITY, Fitted, Trial, candidates
+from simskip_vdb.plans import IDENTITY, PENALTIES, Fitted, Validate, candidates
 from simskip_vdb.plans import Plan as Plan
+from simskip_vdb.ridge import by_ridge
 from simskip_vdb.sampling import Problem as Problem
 from simskip_vdb.sampling import Sampler, Step
 from simskip_vdb.working_set import working_set
@@ -39,6 +40,9 @@ from simskip_vdb.working_set import working_set
 Progress = Callable[[int, int, str], None]
 """Called with steps done, steps in all, and the stage's name."""
 
+# Dimension for which learning rates are given. Adam moves every number of a matrix as fast, so what
+# comes of d inputs changes d times as fast (Yang & Hu, arXiv:2203.03466); of an offset's, √d.
+WIDTH = 384
 MIN_STEPS = 60
 REFRESHED = 4  # times that hard negatives are chosen again
 EPOCHS = 40  # few anchors would be learnt by heart in more
@@ -55,7 +59,7 @@ VIEW_TEMPERATURE = 0.1
 def fit_refiner(
     problem: Problem,
     settings: FitSettings,
-    validate: Callable[[Sequence[Refiner]], Sequence[float]],
+    validate: Validate,
     *,
     progress: Progress = lambda done, total, stage: None,
     plan: Plan | None = None,
@@ -66,7 +70,7 @@ def fit_refiner(
     Args:
         problem: Rows, judgments and groups.
         settings: How to fit.
-        validate: Scores of refiners of the same f on validation queries, higher is better.
+        validate: Scores refiners.
         progress: Called after every step.
         plan: Choices of an earlier fit; `validate` is then not called.
         checkpoint: File of this fit alone, by which it goes on after an interruption.
@@ -76,16 +80,22 @@ def fit_refiner(
         FitError: The loss is not finite.
     """
     signal = _signal(problem, settings)
+    count = np.count_nonzero(problem.usable)
+    if count < 2:
+        raise DataError(f"{count} rows can be used; a fit needs at least 2")
+    settings = replace(settings, device=device_of(settings.device))
+    problem = working_set(problem, signal, settings)
     with _at_full_speed():
-        whole = _train(problem, settings, signal, progress, checkpoint)
-    fitted = Fitted(whole=whole, plan=plan or IDENTITY, trials=(), signal=signal)
-    if plan is not None:
-        return fitted
-    plans = candidates(signal)
-    scores = validate([fitted.moved(plan) for plan in plans])
-    trials = tuple(Trial(plan=p, score=score) for p, score in zip(plans, scores, strict=True))
-    best = max(trials, key=lambda trial: trial.score)  # the first of equals: the smallest move
-    return replace(fitted, plan=best.plan, trials=trials)
+        ridge: Mapping[float, Refiner] = {}
+        learnt = plan is None or plan.penalty is None
+        if learnt:
+            whole = _train(problem, settings, signal, progress, checkpoint)
+        if _has_ridge(signal, settings.side) and not (learnt and plan):
+            ridge = by_ridge(problem, signal, settings, PENALTIES)
+        if not learnt:
+            whole = next(iter(ridge.values()))
+    fitted = Fitted(whole=whole, ridge=ridge, plan=plan or IDENTITY, signal=signal)
+    return fitted.tried(candidates(signal, settings.side), validate) if plan is None else fitted
 
 
 def _train(
@@ -95,12 +105,8 @@ def _train(
     progress: Progress,
     checkpoint: Path | None,
 ) -> Refiner:
-    count = np.count_nonzero(problem.usable)
-    if count < 2:
-        raise DataError(f"{count} rows can be used; a fit needs at least 2")
-    device = device_of(settings.device)
+    device = settings.device
     kind = torch.device(device).type
-    problem = working_set(problem, signal, replace(settings, device=device))
     usable, dim = np.flatnonzero(problem.usable), problem.vectors.shape[1]
     rng = np.random.default_rng(settings.seed)
     sampler = None
@@ -133,10 +139,10 @@ def _train(
             if sampler is not None and step % max(1, total // REFRESHED) == 0:
                 with _as_applied(f):
                     sampler.refresh(lambda c, slots: f(c) + offsets(slots))
-            for group in (*dense.param_groups, *sparse.param_groups):
-                group["lr"] = (
-                    settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
-                )
+            rate = settings.learning_rate * (1 + math.cos(math.pi * (step - 1) / total)) / 2
+            wide = dim / WIDTH
+            for optimiser, falls in ((dense, wide), (sparse, math.sqrt(wide))):
+                optimiser.param_groups[0]["lr"] = rate / falls
             if len(order) < min(settings.batch_size, len(anchors)):
                 order = rng.permutation(anchors)
             batch, order = order[: settings.batch_size], order[settings.batch_size :]
@@ -177,6 +183,11 @@ def _train(
     )
 
 
+def _has_ridge(signal: Signal, side: Side) -> bool:
+    """Tell whether it is known where a query or a row should go."""
+    return signal in (Signal.JUDGED, Signal.GROUPS) and side is not Side.BOTH
+
+
 def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
     """Return what fits of the same rows, in whatever order they are read, differ by."""
     told: list[NDArray[Any] | None] = [problem.ids, problem.usable, problem.groups, problem.late]
@@ -188,23 +199,24 @@ def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
 
 def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Tensor:
     """Compare anchors, raw or refined by `side`, with refined rows and raw competitors."""
-    queries, pseudo, raw = step.queries, step.pseudo, step.raw  # (b, d), (b or 0, d), (c, d)
-    keys, origin = raw, step.origin
-    if side is Side.DOCS:
-        keys = moved(raw, origin, lambda c: f(c) + offsets(step.slots))
-    elif side is Side.QUERIES:
-        refined = moved(torch.cat([queries, pseudo]), origin, f)
+    queries, pseudo, keys = step.queries, step.pseudo, step.raw  # (b, d), (b or 0, d), (c, d)
+    none = torch.full_like(step.own, offsets.num_embeddings - 1)
+    if side is Side.QUERIES:
+        refined = moved(torch.cat([queries, pseudo]), step.origin, f)
         queries, pseudo = refined[: len(queries)], refined[len(queries) :]
     else:
-        none = torch.full_like(step.own, offsets.num_embeddings - 1)
-        slots = torch.cat([none, step.slots])
-        refined = moved(torch.cat([queries, raw]), origin, lambda c: f(c) + offsets(slots))
-        queries, keys = refined[: len(queries)], refined[len(queries) :]
-    keys = torch.where(step.left_raw[:, None], raw, keys)
+        (moving,) = torch.nonzero(~step.left_raw, as_tuple=True)
+        slots, x = step.slots[moving], keys[moving]
+        if side is Side.BOTH:
+            slots, x = torch.cat([none, slots]), torch.cat([queries, x])
+        refined = moved(x, step.origin, lambda c: f(c) + offsets(slots))
+        if side is Side.BOTH:
+            queries, refined = refined[: len(queries)], refined[len(queries) :]
+        keys = keys.index_copy(0, moving, refined)
     loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.own)
     if len(pseudo):
         # Queries near rows without judgments must go on finding what they found.
-        student, teacher = step.compare(pseudo, keys), step.compare(step.pseudo, raw)
+        student, teacher = step.compare(pseudo, keys), step.compare(step.pseudo, step.raw)
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
 

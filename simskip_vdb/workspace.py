@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,16 @@ import numpy as np
 
 from simskip_vdb.config import FitSettings
 from simskip_vdb.crew import LOCAL, RAY, Crew, check_executor, ray_crew
-from simskip_vdb.datatypes import Ids, Mask, Neighbors, Positions, Progress, Split, Vectors
+from simskip_vdb.datatypes import (
+    Ids,
+    Mask,
+    Neighbors,
+    Positions,
+    Progress,
+    Side,
+    Split,
+    Vectors,
+)
 from simskip_vdb.durable import disk_errors, write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
@@ -82,6 +91,13 @@ class Settings:
     accept_unmeasured: bool = False
     dry_run: bool = False
 
+    @property
+    def sides(self) -> list[FitSettings]:
+        """How to fit each side that competes, docs first."""
+        if self.fit.side is not Side.AUTO:
+            return [self.fit]
+        return [replace(self.fit, side=side) for side in Side if side is not Side.AUTO]
+
 
 class Workspace:
     """An index, locked, with its originals on disk and its judgments by position.
@@ -136,6 +152,16 @@ class Workspace:
     def measure(self) -> str:
         """The measure that the gate judges."""
         return self.measures[0]
+
+    def may_choose(self, side: Side) -> bool:
+        """Tell whether validation may choose a side: there is a place for what it would write."""
+        asked = self.settings
+        if asked.fit.side is not Side.AUTO:
+            return True
+        if side is Side.QUERIES:
+            return self.current is None
+        elsewhere = asked.output is not None or asked.mode != IN_PLACE
+        return elsewhere if side is Side.BOTH else asked.output is None
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -236,9 +262,9 @@ class Workspace:
         return held if held.any() else None
 
     def validate(self, refiners: Sequence[Refiner], late: Mask | None = None) -> list[float]:
-        """Score refiners of the same f on the validation queries by the chosen measure.
+        """Score refiners on the validation queries by the chosen measure, higher is better.
 
-        Higher is better. The rows are read once, and go through f once.
+        Those that move rows by an f have the same one. Rows are read once, and go through f once.
         """
         judged = self.judged.queries[Split.VALIDATION]
         k, skip = depth(self.measures[:1], judged), self.skipped(Split.VALIDATION)

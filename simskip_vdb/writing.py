@@ -132,6 +132,25 @@ def reindex(
     )
 
 
+def search_refined(space: Workspace, refiner: Refiner, report: Report) -> Report:
+    """Search the index, which stays as it is, by refined queries, and let ann_recall decide."""
+    assert report.gate is not None
+    through, gate = ThroughIndex(space, refiner, Split.TEST), report.gate
+    with space.timed("evaluate"):
+        through.look("before", space.held_by, None)
+        try:
+            through.accept(space.held_by)
+        except RefusedError as refused:
+            gate = replace(gate, passed=False, reasons=(*gate.reasons, *refused.decision.reasons))
+    return replace(
+        report,
+        gate=gate,
+        through_index=through.measures,
+        ann_recall=through.ann,
+        seconds=dict(space.seconds),
+    )
+
+
 def _mark_copy(
     output: Path,
     candidate: VectorStore,

@@ -142,7 +142,7 @@ def test_folds_take_turns_and_leave_near_identical_queries_together(
         fit, validation = (space.judged.queries[s] for s in (Split.FIT, Split.VALIDATION))
         half = len(fit) // 2
         fit.vectors[half : 2 * half] = fit.vectors[:half]
-        folds = _folds(space)
+        folds = _folds(space, Signal.JUDGED)
         assert len(folds) == fitting.FOLDS - 1
         held = [name for _, part in folds for name in part.ids]
         assert sorted(held) == sorted(fit.ids)
@@ -151,7 +151,7 @@ def test_folds_take_turns_and_leave_near_identical_queries_together(
             same = (part.vectors[:, None] == rest.vectors[None]).all(axis=2)
             assert not same.any()
         monkeypatch.setattr(fitting, "FEW_QUERIES", len(validation))
-        assert _folds(space) == []
+        assert _folds(space, Signal.JUDGED) == []
 
 
 def test_the_choice_weighs_folds_by_their_queries() -> None:

@@ -36,7 +36,7 @@ def test_moved_weighs_both_parts() -> None:
 
 @pytest.mark.parametrize("signal", list(Signal))
 def test_candidates_start_from_the_identity_and_differ(signal: Signal) -> None:
-    plans = candidates(signal)
+    plans = candidates(signal, Side.DOCS)
     assert plans[0] == IDENTITY
     assert len(set(plans)) == len(plans)
     assert any(plan.beta < plan.alpha for plan in plans) == (signal is Signal.JUDGED)
