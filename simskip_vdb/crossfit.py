@@ -178,8 +178,8 @@ def _fit_fold(
                 progress=lambda done, total, _: progress(f"choose, fold {number + 1}", done, total),
                 checkpoint=space.checkpoint(),
             )
-            if fitted.plan == IDENTITY:
-                fitted = fitted.tried(fitted.wider(), space.validate)
+            wider = fitted.wider(fitted.plan)
+            fitted = fitted.tried(wider, space.validate) if wider else fitted
             score = max(trial.score for trial in fitted.trials)
             best.append((score, (settings, fitted.plan)))
     choice = max(best, key=lambda item: item[0])[1]

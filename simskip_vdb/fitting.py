@@ -188,10 +188,11 @@ def _fit_side(
             fits.append(fit("fold", replace(problem, queries=rest), settings, None))
     sizes = [len(queries[Split.VALIDATION]) for queries in roles]
     ranked = _ranked(fits, sizes)
-    if ranked[0].plan == IDENTITY:
+    wider = first.wider(ranked[0].plan)
+    if wider:
         for number, queries in enumerate(roles):
             with queries_as(space, queries):
-                fits[number] = fits[number].tried(fits[number].wider(), space.validate)
+                fits[number] = fits[number].tried(wider, space.validate)
         ranked = _ranked(fits, sizes)
     return _Side(settings=settings, fits=fits, ranked=ranked, queries=sum(sizes))
 

@@ -13,7 +13,6 @@ from simskip_vdb.attempts import Attempt, judged_digests
 from simskip_vdb.crossfit import CrossFit, applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, silent
 from simskip_vdb.errors import ConfigError, DataError
-from simskip_vdb.evaluation import relevant_rows
 from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
 from simskip_vdb.gate import MIN_QUERIES, Decision, decide
 from simskip_vdb.journal import IN_PLACE
@@ -302,14 +301,7 @@ def _hopeless(space: Workspace) -> str | None:
     if settings.accept_unmeasured or judged.groups is not None or applies(space):
         return None
     counts = {split: len(queries) for split, queries in judged.queries.items()}
-    if not sum(counts.values()):
-        return None
-    if not any(len(relevant_rows(queries)) for queries in judged.queries.values()):
-        return (
-            "no judged row is in the index, so nothing can be learnt or measured; give --doc-ids "
-            "or --doc-id-field, so that the judgments' ids find their rows"
-        )
-    if counts[Split.TEST] < MIN_QUERIES:
+    if sum(counts.values()) and counts[Split.TEST] < MIN_QUERIES:
         return (
             f"only {counts[Split.TEST]} test queries: at least {MIN_QUERIES} are needed to prove a "
             "gain, so nothing was fitted; add judged queries"
@@ -348,13 +340,13 @@ def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> 
             "with side both, queries must pass through the refiner too, so the vectors that raw "
             f"queries use are left alone: {where}"
         )
-    check_mode(store, settings.mode)
     asked = settings.fit.side if settings.refiner is None else side
     if asked is Side.QUERIES and not in_place:
         raise ConfigError(
             "side queries writes no vectors: leave out --output and --mode; the refiner is saved "
             "beside the index, and where --out says"
         )
+    check_mode(store, settings.mode)
     if side is Side.DOCS and settings.output is not None:
         raise ConfigError(
             "side docs is written in place and undone by rollback; --output belongs to --side both"

@@ -27,11 +27,14 @@ from simskip_vdb.pairs import (
 )
 from simskip_vdb.residence import Resident
 
-# In standard deviations of a query's similarity to rows, so that encoders whose cosines are crowded
-# learn as those whose cosines are not; rows lie closer to their own than queries to their answers.
-QUERY_TEMPERATURE = 0.6
-ROW_TEMPERATURE = 0.15
+# In standard deviations of an anchor's similarity to the rows that compete for it, so that encoders
+# whose cosines are crowded learn as those whose cosines are not; rows lie closer to their own than
+# queries to their answers.
+QUERY_TEMPERATURE = 1.5
+ROW_TEMPERATURE = 0.5
 
+COLUMNS_OF_ANCHOR = 8  # fewer queries than rows need no more of these in a step
+FEWEST_COLUMNS = 1024
 HARD_NEGATIVES = 16  # mined for each query; a step takes HARD_PER_STEP of them
 MINED = 64  # of which they are chosen again as rows move, where chance draws a row seldom
 SELDOM = 0.25  # part of the rows that are columns of a step
@@ -163,7 +166,6 @@ class Sampler:
         self._rng = rng
         self._device = device
         self._rows = np.flatnonzero(problem.usable)
-        self._drawn_seldom = settings.columns < SELDOM * len(self._rows)
         self._column_of = np.full(n, -1, dtype=np.int64)
         self._late = np.zeros(n, dtype=np.bool_) if problem.late is None else problem.late
         self._pairs = _pairs(problem, signal, self._rows, rng, device)
@@ -171,6 +173,10 @@ class Sampler:
         of_rows = self._pairs.vectors is problem.vectors
         self._anchor_vectors = self._vectors if of_rows else Resident(self._pairs.vectors, device)
         self.anchors = self._pairs.anchors
+        self._size = min(
+            settings.columns, max(FEWEST_COLUMNS, COLUMNS_OF_ANCHOR * len(self.anchors))
+        )
+        self._drawn_seldom = self._size < SELDOM * len(self._rows)
         most = settings.steps * settings.batch_size
         if len(self.anchors) > most:
             self.anchors = np.sort(rng.choice(self.anchors, most, replace=False))
@@ -255,10 +261,15 @@ class Sampler:
         )
 
     def _spread(self, rows: Positions) -> float:
-        """Return the standard deviation of an anchor's similarity to rows, the mean of anchors."""
+        """Return the standard deviation of an anchor's similarity to its nearest rows, their mean.
+
+        The nearest of all is left out: it may be the answer, or the anchor itself.
+        """
         some = self.anchors[:: -(-len(self.anchors) // SAMPLED_ANCHORS)]
         step = self._bare(some, rows)
         scores = step.compare(step.queries, step.raw).scores(slice(None))
+        if len(rows) > 2:
+            scores = scores.topk(min(1 + HARD_NEGATIVES, len(rows)), dim=1).values[:, 1:]
         return max(float(scores.std(dim=1).mean()), LEAST_SPREAD)
 
     def refresh(self, move: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -298,7 +309,7 @@ class Sampler:
 
     def _columns(self, batch: Positions) -> Positions:
         """Return a positive and hard negatives of each anchor, and random rows to fill up."""
-        size = self._settings.columns
+        size = self._size
         if len(self._rows) <= size:
             return self._rows
         hard = self._hard[batch]

@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import Ids, Positions, Split, Vectors, id_names
 from simskip_vdb.errors import MissingDependencyError
 
-NEAR_IDENTICAL = 0.999
-"""Cosine above which two queries count as one."""
+NEAR_IDENTICAL = 0.001
+"""How far below 1 the cosine of queries that count as one may be, in parts of their spread.
+
+That is 1 - ‖mean‖²: encoders that crowd their vectors, so that all cosines are high, have less.
+"""
+LEAST_SPREAD = 0.01  # where nearly all queries are one
 HELD_OUT = 0.2
 """Part of the rows that act as queries for one split where groups have no queries."""
 MOST_HELD_OUT = 1000
@@ -44,7 +48,7 @@ def unit_hash(names: Iterable[str], seed: int) -> NDArray[np.float64]:
 
 
 def near_identical(vectors: Vectors) -> Positions:
-    """Number the clusters of queries that are linked by a cosine above `NEAR_IDENTICAL`.
+    """Number the clusters of queries that are linked as `NEAR_IDENTICAL` says.
 
     Args:
         vectors: Shape (m, d), finite and not zero.
@@ -63,11 +67,13 @@ def near_identical(vectors: Vectors) -> Positions:
     count = len(vectors)
     unit = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     unit = unit.astype(np.float32)
+    spread = 1 - float((unit.mean(axis=0, dtype=np.float64) ** 2).sum()) if count else 1.0
+    linked_above = 1 - NEAR_IDENTICAL * max(spread, LEAST_SPREAD)
     everyone = np.arange(count)
     cluster = everyone
     block = max(1, _PAIRS // max(1, count))
     for start in range(0, count, block):
-        linked = unit[start : start + block] @ unit[start:].T > NEAR_IDENTICAL
+        linked = unit[start : start + block] @ unit[start:].T > linked_above
         ones, others = np.nonzero(linked)
         ends = np.concatenate([others + start, cluster])
         starts = np.concatenate([ones + start, everyone])
