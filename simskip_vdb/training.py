@@ -45,7 +45,7 @@ Progress = Callable[[int, int, str], None]
 # arXiv:2203.03466), while rows keep the length 1.
 WIDTH = 384
 FASTEST = 6.0  # times the rate that is given, however few dimensions there are
-MIN_STEPS = 60
+MIN_STEPS = 48
 REFRESHED = 4  # times that hard negatives are chosen again
 EPOCHS = 40  # few anchors would be learnt by heart in more
 
