@@ -13,7 +13,7 @@ GRID = (0.0, 0.25, 0.5, 0.75, 1.0)  # candidates for alpha = beta, the identity 
 LESS_BY_OFFSETS = ((1.0, 0.75), (1.0, 0.5))  # alpha and beta that are fairer to late rows
 FURTHER = 1.25  # than was learnt: tightens groups, but costs queries whose rows were never judged
 PENALTIES = (10.0, 1.0)  # of ridge regressions
-BEYOND = (1.5, 2.0)  # alpha = beta, where the best is 1
+BEYOND = (1.5, 2.0)  # alpha = beta, where groups want all that was learnt
 LESS = ((0.1, 0.1), (0.0, 0.25), (0.0, 0.5), (0.0, 1.0), (0.25, 0.0), (0.5, 0.0), (1.0, 0.0))
 """Alpha and beta that are tried where the first candidates found nothing."""
 
@@ -94,10 +94,11 @@ class Fitted:
     def wider(self, best: Plan) -> list[Plan]:
         """Return the plans to try where the best of the first is an end of what they span.
 
-        That is the identity, or all that was learnt, which too few steps may not have learnt whole.
+        That is the identity or, for groups, more than all that was learnt: queries whose rows were
+        never judged would pay for that.
         """
         if best != IDENTITY:
-            if min(best.alpha, best.beta) < 1:
+            if self.signal is not Signal.GROUPS or best.alpha < 1:
                 return []
             return [Plan(alpha=far, beta=far, penalty=best.penalty) for far in BEYOND]
         by_ridge = [

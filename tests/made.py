@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import simskip_vdb as ss
+from simskip_vdb.config import FitSettings
 from simskip_vdb.connectors.memory import MemoryStore
 from simskip_vdb.datatypes import JudgedQueries, Metric, Split, Vectors, silent
 from simskip_vdb.evaluation import score
@@ -16,9 +18,10 @@ from simskip_vdb.fitting import fit_or_recall
 from simskip_vdb.judgments import Judgments, QuerySet
 from simskip_vdb.parsing import Qrels, RowColumn
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.workspace import Workspace, open_workspace
+from simskip_vdb.workspace import open_workspace
 
 ROWS, TOPICS, RELEVANT = 240, 24, 4
+INNER = 48  # dimensions that anything varies in
 SIZES = {"--queries": 160, "--dev-queries": 60, "--test-queries": 60}
 
 
@@ -30,12 +33,15 @@ class Made:
     queries: dict[str, Vectors]
     relevant: dict[str, NDArray[np.int64]]
 
-    def mapped(self, move: object) -> Made:
-        """Return the set with all vectors moved alike."""
-        assert callable(move)
+    def mapped(self, move: Callable[[NDArray[np.floating]], NDArray[np.floating]]) -> Made:
+        """Return the set with all vectors moved alike, float32."""
+
+        def moved(x: Vectors) -> Vectors:
+            return np.asarray(move(x), np.float32)
+
         return Made(
-            rows=move(self.rows),
-            queries={name: move(part) for name, part in self.queries.items()},
+            rows=moved(self.rows),
+            queries={name: moved(part) for name, part in self.queries.items()},
             relevant=self.relevant,
         )
 
@@ -47,31 +53,26 @@ def make(kind: str, dim: int, seed: int = 0) -> Made:
     the topic's others.
     """
     rng = np.random.default_rng(seed)
-    inner = 48
-    topic = rng.normal(size=(TOPICS, inner))
-    of_row = np.arange(ROWS) % TOPICS
-    rows = topic[of_row] + 1.2 * rng.normal(size=(ROWS, inner))
-    need = rows + 1.5 * rng.normal(size=(ROWS, inner))  # what a row is asked for
+    topic = rng.normal(size=(TOPICS, INNER))
+    rows = topic[np.arange(ROWS) % TOPICS] + 1.2 * rng.normal(size=(ROWS, INNER))
+    need = rows + 1.5 * rng.normal(size=(ROWS, INNER))  # what a row is asked for
     queries, relevant = {}, {}
     for name, count in SIZES.items():
-        about = rng.integers(0, ROWS, count)
-        asked = need[about] + 1.2 * rng.normal(size=(count, inner))
-        distances = ((need[about][:, None] - need[None]) ** 2).sum(axis=2)
+        about = need[rng.integers(0, ROWS, count)]
+        distances = ((about[:, None] - need[None]) ** 2).sum(axis=2)
         relevant[name] = np.argsort(distances, axis=1)[:, :RELEVANT]
-        queries[name] = asked + 0.7 * rng.normal(size=inner)[None] * 0
-    scale = 1 / np.sqrt(1 + np.arange(inner)) if kind == "skewed" else np.ones(inner)
-    turn = np.linalg.qr(rng.normal(size=(max(dim, inner), max(dim, inner))))[0][:inner, :dim]
-    common = rng.normal(size=dim)
-    common /= np.linalg.norm(common)
+        queries[name] = about + 1.2 * rng.normal(size=(count, INNER))
+    scale = 1 / np.sqrt(1 + np.arange(INNER)) if kind == "skewed" else np.ones(INNER)
+    turn = np.linalg.qr(rng.normal(size=(max(dim, INNER),) * 2))[0][:INNER, :dim]
+    common = unit(rng.normal(size=(1, dim)))
     size = {"crowded": 2.5, "hubs": 0.5}.get(kind, 0.0)
-    hub = np.where(rng.random(ROWS) < 0.05, 1.5, 0.0)[:, None] if kind == "hubs" else 0.0
+    hubs = 1.5 * (rng.random((ROWS, 1)) < 0.05) * (kind == "hubs")
 
-    def encoded(x: NDArray[np.float64], extra: object = 0.0) -> Vectors:
-        y = unit((x * scale) @ turn) + (size + extra) * common  # type: ignore[operator]
-        return unit(y).astype(np.float32)
+    def encoded(x: NDArray[np.float64], more: NDArray[np.float64] | float = 0.0) -> Vectors:
+        return np.asarray(unit(unit((x * scale) @ turn) + (size + more) * common), np.float32)
 
     return Made(
-        rows=encoded(rows, hub),
+        rows=encoded(rows, hubs),
         queries={name: encoded(part) for name, part in queries.items()},
         relevant=relevant,
     )
@@ -107,33 +108,49 @@ def judgments(made: Made) -> Judgments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Gain:
-    """What a refiner does to nDCG@10 on test queries."""
+class Measured:
+    """nDCG@10 of test queries before and after a refiner, and after what another method did."""
 
     refiner: Refiner
     before: float
     after: float
+    other: float
 
     @property
-    def delta(self) -> float:
+    def gain(self) -> float:
         return self.after - self.before
 
 
-def gain(made: Made, state: Path, *, metric: Metric = Metric.COSINE, **fit: object) -> Gain:
+Other = Callable[[Made, JudgedQueries, JudgedQueries], Vectors]
+"""Moves rows, knowing the fit and the validation queries."""
+
+
+def measure(
+    made: Made,
+    state: Path,
+    *,
+    fit: FitSettings | None = None,
+    metric: Metric = Metric.COSINE,
+    growing: bool = False,
+    other: Other = lambda made, fit, validation: made.rows,
+) -> Measured:
     """Fit as `simskip fit` does, and measure on test queries."""
     store = MemoryStore(np.arange(len(made.rows)), made.rows, metric)
-    settings = ss.Settings(fit=ss.FitSettings(**fit), state=state)  # type: ignore[arg-type]
+    settings = ss.Settings(fit=fit or FitSettings(), state=state, growing=growing)
     with open_workspace(store, judgments(made), settings, silent) as space:
+        queries = space.judged.queries
+        test = queries[Split.TEST]
+
+        def ndcg(asked: Vectors, rows: Vectors) -> float:
+            found = space.search(asked, [(0, rows)], 10).ids
+            return float(score(test, found, ("nDCG@10",))["nDCG@10"].mean())
+
         refiner = fit_or_recall(space, silent)
-        test = space.judged.queries[Split.TEST]
-        rows = refiner.refine_rows(space.rows.matrix(), space.rows.ids)
-        return Gain(
+        rows = space.rows.matrix()
+        moved = other(made, queries[Split.FIT], queries[Split.VALIDATION])
+        return Measured(
             refiner=refiner,
-            before=ndcg(space, test, test.vectors, space.rows.matrix()),
-            after=ndcg(space, test, refiner(test.vectors), rows),
+            before=ndcg(test.vectors, rows),
+            after=ndcg(refiner(test.vectors), refiner.refine_rows(rows, space.rows.ids)),
+            other=ndcg(test.vectors, moved),
         )
-
-
-def ndcg(space: Workspace, judged: JudgedQueries, queries: Vectors, rows: Vectors) -> float:
-    found = space.search(queries, [(0, rows)], 10).ids
-    return float(score(judged, found, ("nDCG@10",))["nDCG@10"].mean())
