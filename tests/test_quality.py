@@ -14,7 +14,7 @@ import pytest
 import quality
 import table
 from builders import clusters
-from loading import datasets
+from loading import PROTOCOL, datasets, pooled
 
 from simskip_vdb.datatypes import JudgedQueries, Vectors
 
@@ -62,13 +62,15 @@ def test_a_new_set_is_measured_once_and_again_only_when_its_code_changes(
 ) -> None:
     results = tmp_path / "quality.jsonl"
     first = run(data, results, "--methods", "adapter")
-    assert [cell["method"] for cell in first] == ["linear query adapter", "two-layer query adapter"]
+    adapters = ["linear query adapter", "two-layer query adapter"]
+    assert [cell["method"] for cell in first] == adapters * 2
+    assert [PROTOCOL in cell["set"] for cell in first] == [False, False, True, True]
     assert run(data, results, "--methods", "adapter") == first
     assert "| linear query adapter | " in capsys.readouterr().out
     monkeypatch.setattr(quality, "code", lambda method: "other")
-    assert len(run(data, results, "--methods", "linear")) == 3
+    assert len(run(data, results, "--methods", "linear")) == 6
     kept = table.read(results, lambda method: "other" if method.startswith("linear") else "new")
-    assert [cell["current"] for cell in kept] == [True, False]
+    assert [cell["current"] for cell in kept] == [True, False] * 2
 
 
 def test_cells_hold_what_the_measures_say(data: Path) -> None:
@@ -83,6 +85,28 @@ def test_cells_hold_what_the_measures_say(data: Path) -> None:
     raw, moved_at_random = (cells.run(dataset, name, 0) for name in ("raw", "random moves"))
     assert raw["after"] == raw["before"] == cell["before"]
     assert not moved_at_random["gate"]["passed"]
+
+
+def test_the_protocol_shares_all_queries_out_anew(data: Path) -> None:
+    (dataset,) = datasets(data, ["made-up"])
+    shared, other = (pooled(dataset, seed) for seed in (0, 1))
+    assert shared is not None
+    assert other is not None
+    parts = [shared.judgments.queries, shared.judgments.dev, shared.judgments.test]
+    sizes = [len(part.ids) for part in parts if part is not None]
+    assert sizes == [84, 12, 24]
+    names = [name for part in parts if part is not None for name in part.ids]
+    assert sorted(names) == sorted(f"q{i}" for i in range(QUERIES))
+    for part in parts:
+        assert part is not None
+        assert part.qrels is not None
+        assert set(part.qrels.query_ids) == set(part.ids)
+    assert shared.judgments.test is not None
+    assert other.judgments.test is not None
+    assert shared.judgments.test.ids != other.judgments.test.ids
+    cell = cells.run(shared, "raw", 0)
+    line = table.protocol([{**cell, "current": True}])
+    assert f"| made-up (minilm) | nDCG@10 | {cell['measures']['nDCG@10'][1]:.4f} | – |" in line
 
 
 def test_hidden_rows_make_every_query_unseen(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +237,7 @@ def test_the_summary_holds_ours_against_the_others() -> None:
     low, high = map(float, line[6].split(" to "))
     assert 0.4 <= low <= 0.45 <= high <= 0.5
     assert line[7:9] == ["+0.400 to +0.400", "+0.400 to +0.400"]
-    assert line[9:] == ["1.50 ×", "1 of 2", "–"]
+    assert line[9:] == ["1.50 ×", "1 of 2", "–", "–"]
 
 
 def test_tables_go_between_their_marks_and_nowhere_else(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class RefinedEmbeddings(Embeddings):
 
     Attributes:
         embeddings: Embeds queries and documents.
-        refiner: Moves the queries, where it was fitted with side both.
+        refiner: Moves the queries, where it was fitted with side queries or both.
 
     Args:
         embeddings: The embeddings that the index was filled by.

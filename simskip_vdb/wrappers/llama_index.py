@@ -64,7 +64,7 @@ class RefinedEmbedding(BaseEmbedding):
 
     @property
     def refiner(self) -> Refiner:
-        """What moves the queries, where it was fitted with side both."""
+        """What moves the queries, where it was fitted with side queries or both."""
         return self._refiner
 
     def _get_query_embedding(self, query: str) -> list[float]:

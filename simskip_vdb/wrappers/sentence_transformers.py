@@ -28,7 +28,7 @@ class RefinerModule(nn.Module):
     goes through.
 
     Attributes:
-        refiner: Moves the queries, where it was fitted with side both.
+        refiner: Moves the queries, where it was fitted with side queries or both.
         forward_kwargs: What `encode` hands on to `forward`.
 
     Args:
