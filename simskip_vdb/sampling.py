@@ -116,26 +116,35 @@ class Step:
     query_norms: Tensor
     row_norms: Tensor
 
-    def compare(self, queries: Tensor, keys: Tensor) -> Similarity:
-        """Return the index's own similarity over temperature, up to what all columns share.
+    def columns(self, keys: Tensor) -> Tensor:
+        """Return what anchors are compared with, shape (c, d).
 
         Without the origin, which is most of a crowded encoder's vectors, bfloat16 keeps the digits
-        that tell columns apart.
+        that tell columns apart; a query's similarity to it is the same for all columns.
+
+        Args:
+            keys: Unit directions of the columns, shape (c, d).
+        """
+        if self.metric is not Metric.COSINE:
+            keys = keys * self.row_norms[:, None]
+        return keys - self.origin
+
+    def compare(self, queries: Tensor, columns: Tensor) -> Similarity:
+        """Return the index's own similarity over temperature, up to what all columns share.
 
         Args:
             queries: Unit directions of the anchors, or of pseudo-queries, shape (b, d).
-            keys: Unit directions of the columns, shape (c, d).
+            columns: As `columns` returns them, shape (c, d).
         """
         if self.metric is Metric.COSINE:
-            return Similarity(queries / self.temperature, keys - self.origin)
+            return Similarity(queries / self.temperature, columns)
         if self.metric is Metric.EUCLID:
             # -‖q - x‖² / 2 without ‖q‖², which all columns share.
             queries = queries * self.query_norms[: len(queries), None]
             bias = -(self.row_norms**2) / 2 / self.temperature
         else:
             bias = torch.zeros_like(self.row_norms)
-        keys = keys * self.row_norms[:, None] - self.origin
-        return Similarity(queries / self.temperature, keys, bias)
+        return Similarity(queries / self.temperature, columns, bias)
 
 
 class Sampler:
@@ -267,7 +276,7 @@ class Sampler:
         """
         some = self.anchors[:: -(-len(self.anchors) // SAMPLED_ANCHORS)]
         step = self._bare(some, rows)
-        scores = step.compare(step.queries, step.raw).scores(slice(None))
+        scores = step.compare(step.queries, step.columns(step.raw)).scores(slice(None))
         if len(rows) > 2:
             scores = scores.topk(min(1 + HARD_NEGATIVES, len(rows)), dim=1).values[:, 1:]
         return max(float(scores.std(dim=1).mean()), LEAST_SPREAD)
@@ -369,7 +378,7 @@ def _pairs(
 def _favour_near(step: Step) -> Tensor:
     """Mix even weights of positives with weights that favour the anchor's raw neighbours."""
     anchor = step.pairs[0]
-    similar = step.compare(step.queries, step.raw).of_pairs(step.pairs)
+    similar = step.compare(step.queries, step.columns(step.raw)).of_pairs(step.pairs)
     top = torch.full((len(step.queries),), -torch.inf, device=step.raw.device)
     top = top.scatter_reduce(0, anchor, similar, "amax")
     near = (similar - top[anchor]).exp()

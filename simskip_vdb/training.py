@@ -207,18 +207,19 @@ def _contrast(step: Step, f: Residual, offsets: nn.Embedding, side: Side) -> Ten
         refined = moved(torch.cat([queries, pseudo]), step.origin, f)
         queries, pseudo = refined[: len(queries)], refined[len(queries) :]
     else:
-        (moving,) = torch.nonzero(~step.left_raw, as_tuple=True)
-        slots, x = step.slots[moving], keys[moving]
+        slots, x = step.slots, keys
         if side is Side.BOTH:
             slots, x = torch.cat([none, slots]), torch.cat([queries, x])
         refined = moved(x, step.origin, lambda c: f(c) + offsets(slots))
         if side is Side.BOTH:
             queries, refined = refined[: len(queries)], refined[len(queries) :]
-        keys = keys.index_copy(0, moving, refined)
-    loss = info_nce(step.compare(queries, keys), step.pairs, step.weights, step.own)
+        keys = torch.where(step.left_raw[:, None], keys, refined)
+    columns = step.columns(keys)
+    loss = info_nce(step.compare(queries, columns), step.pairs, step.weights, step.own)
     if len(pseudo):
         # Queries near rows without judgments must go on finding what they found.
-        student, teacher = step.compare(pseudo, keys), step.compare(step.pseudo, step.raw)
+        student = step.compare(pseudo, columns)
+        teacher = step.compare(step.pseudo, step.columns(step.raw))
         loss = loss + DISTILLATION * step.unjudged_share * distillation(student, teacher)
     return loss
 

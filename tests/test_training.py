@@ -276,7 +276,8 @@ def test_scores_are_the_metric_of_the_index(problem: Problem, metric: Metric) ->
     rng = np.random.default_rng(0)
     settings = replace(QUICK, raw_share=0.0)
     step = Sampler(one, Signal.JUDGED, settings, rng, "cpu").step(np.arange(20))
-    scores = step.compare(step.queries, step.raw).scores(slice(None)).numpy() * step.temperature
+    scores = step.compare(step.queries, step.columns(step.raw)).scores(slice(None)).numpy()
+    scores = scores * step.temperature
     q, x = queries.vectors[:20], problem.vectors
     norms = np.linalg.norm(x, axis=1)
     size = norms.mean()
