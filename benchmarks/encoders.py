@@ -65,7 +65,7 @@ def moves(rows: Vectors) -> dict[str, Move]:
     """Return what is done to all vectors of a set, by name."""
     rng = np.random.default_rng(0)
     d = rows.shape[1]
-    common = unit(rng.normal(size=(1, d)))
+    common = unit(rng.normal(size=(1, d)).astype(np.float32))
     values, axes = np.linalg.eigh(np.cov(rows.T).astype(np.float64))
     wide = np.linalg.qr(rng.normal(size=(2 * d, 2 * d)))[0][:d]
 

@@ -33,8 +33,10 @@ from simskip_vdb.errors import DataError
 
 RESULTS = machine.RESULTS / "quality.jsonl"
 HERE = Path(__file__).resolve().parent
-FIT = ("config", "losses", "model", "moving", "pairs", "plans", "ridge", "sampling")
-FIT += ("training", "working_set")
+FIT = (
+    *("config", "losses", "model", "moving", "pairs"),
+    *("plans", "ridge", "sampling", "training", "working_set"),
+)
 PUBLISHED = "SimSkip as published"
 
 

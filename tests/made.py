@@ -68,7 +68,7 @@ def make(kind: str, dim: int, seed: int = 0) -> Made:
     size = {"crowded": 2.5, "hubs": 0.5}.get(kind, 0.0)
     hubs = 1.5 * (rng.random((ROWS, 1)) < 0.05) * (kind == "hubs")
 
-    def encoded(x: NDArray[np.float64], more: NDArray[np.float64] | float = 0.0) -> Vectors:
+    def encoded(x: NDArray[np.float64], more: NDArray[np.floating] | float = 0.0) -> Vectors:
         return np.asarray(unit(unit((x * scale) @ turn) + (size + more) * common), np.float32)
 
     return Made(

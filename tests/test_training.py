@@ -155,7 +155,7 @@ def test_identity_wins_where_nothing_helps(problem: Problem) -> None:
     fitted = fit_refiner(problem, replace(QUICK, steps=2), each(validate))
     assert fitted.refiner.is_identity
     assert fitted.plan.alpha == fitted.plan.beta == 0
-    assert [trial.plan for trial in fitted.trials] == candidates(Signal.JUDGED)
+    assert [trial.plan for trial in fitted.trials] == candidates(Signal.JUDGED, Side.DOCS)
 
 
 def test_f_and_offsets_move_by_the_weight_that_validates_best(problem: Problem) -> None:
