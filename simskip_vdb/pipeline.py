@@ -152,6 +152,9 @@ def refine(
     with open_workspace(store, judgments, settings, progress) as space:
         if not isinstance(store, FileBacked):
             check_same_mode(space.journal, settings.mode)
+        hopeless = _hopeless(space)
+        if hopeless is not None:
+            return _refused(space, hopeless)
         if settings.dry_run:
             refiner = _refiner(space, progress)
             _check_output(store, settings, refiner.side)
@@ -170,10 +173,6 @@ def refine(
 
 
 def _refine(space: Workspace, progress: Progress) -> Report:
-    hopeless = _hopeless(space)
-    if hopeless is not None:
-        decision = Decision(passed=False, look=None, reasons=(hopeless,))
-        return build_report(space, "refine", _identity(space), None, None, decision)
     refiner, crossed = fitted(space, progress)
     _check_output(space.store, space.settings, refiner.side)
     _check_originals(space, refiner)
@@ -298,7 +297,9 @@ def _identity(space: Workspace) -> Refiner:
 def _hopeless(space: Workspace) -> str | None:
     """Tell before a fit why the gate would refuse whatever it found."""
     judged, settings = space.judged, space.settings
-    if settings.accept_unmeasured or judged.groups is not None or applies(space):
+    if settings.accept_unmeasured or settings.refiner is not None or interrupted(space) is not None:
+        return None
+    if judged.groups is not None or applies(space):
         return None
     counts = {split: len(queries) for split, queries in judged.queries.items()}
     if sum(counts.values()) and counts[Split.TEST] < MIN_QUERIES:
@@ -309,17 +310,29 @@ def _hopeless(space: Workspace) -> str | None:
     return None
 
 
+def _refused(space: Workspace, reason: str) -> Report:
+    """Report that nothing was fitted, and why."""
+    decision = Decision(passed=False, look=None, reasons=(reason,))
+    report = replace(
+        build_report(space, "refine", _identity(space), None, None, decision), refiner=None
+    )
+    if not space.settings.dry_run:
+        found = record_of(report, "refine", "refused", changes(space))
+        Runs(space.journal.folder).add(found)
+    return report
+
+
 def _check_originals(space: Workspace, refiner: Refiner) -> None:
     """Make sure that a refiner of queries alone meets the rows that it was fitted on.
 
     Raises:
-        ConfigError: The index holds refined rows.
+        ConfigError: The index holds refined rows, or some of them.
     """
-    if refiner.side is Side.QUERIES and space.current is not None:
+    write = space.current or interrupted(space)
+    if refiner.side is Side.QUERIES and write is not None:
         raise ConfigError(
-            f"{space.info.uri} holds rows refined by {space.current.refiner}, and side queries "
-            f"refines queries for the rows as they were: undo it first: "
-            f"{undo_command(space.info.uri)}"
+            f"{space.info.uri} holds rows refined by {write.refiner}, and side queries refines "
+            f"queries for the rows as they were; undo it first: {undo_command(space.info.uri)}"
         )
 
 

@@ -159,7 +159,7 @@ class Workspace:
         if asked.fit.side is not Side.AUTO:
             return True
         if side is Side.QUERIES:
-            return self.current is None
+            return self.current is None and self.journal.manifest.pending is None
         elsewhere = asked.output is not None or asked.mode != IN_PLACE
         return elsewhere if side is Side.BOTH else asked.output is None
 
