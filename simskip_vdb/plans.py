@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from simskip_vdb.config import Signal
 from simskip_vdb.datatypes import Side
@@ -53,14 +53,14 @@ class Fitted:
 
     Attributes:
         whole: Moves by all of f and the offsets; `moved` makes candidates of it.
-        ridge: The same of ridge regressions, by penalty.
+        ridge: Makes the same of ridge regressions, by penalty; None where there can be none.
         plan: What was chosen or given; the identity where nothing beat it.
         trials: Candidates in the order in which they were tried; empty where a plan was given.
         signal: What it learnt from.
     """
 
     whole: Refiner
-    ridge: Mapping[float, Refiner] = field(default_factory=dict)
+    ridge: Callable[[], Mapping[float, Refiner]] | None = None
     plan: Plan
     trials: tuple[Trial, ...] = ()
     signal: Signal
@@ -72,7 +72,10 @@ class Fitted:
 
     def moved(self, plan: Plan) -> Refiner:
         """Return the refiner that moves as far as planned, without the parts it does not use."""
-        used = self.whole if plan.penalty is None else self.ridge[plan.penalty]
+        used = self.whole
+        if plan.penalty is not None:
+            assert self.ridge is not None
+            used = self.ridge()[plan.penalty]
         alpha = plan.alpha if used.layers else 0.0
         beta = plan.beta if len(used.offset_ids) else 0.0
         return replace(
@@ -103,7 +106,7 @@ class Fitted:
             return [Plan(alpha=far, beta=far, penalty=best.penalty) for far in BEYOND]
         by_ridge = [
             Plan(alpha=weight, beta=weight, penalty=penalty)
-            for penalty in self.ridge
+            for penalty in (PENALTIES if self.ridge else ())
             for weight in (0.1, *GRID[1:])
         ]
         if self.whole.side is Side.QUERIES:

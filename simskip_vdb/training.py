@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +88,24 @@ def fit_refiner(
     if count < 2:
         raise DataError(f"{count} rows can be used; a fit needs at least 2")
     settings = replace(settings, device=device_of(settings.device))
-    problem = working_set(problem, signal, settings)
-    with _at_full_speed():
-        ridge: Mapping[float, Refiner] = {}
-        learnt = plan is None or plan.penalty is None
-        if learnt:
-            whole = _train(problem, settings, signal, progress, checkpoint)
-        if _has_ridge(signal, settings.side) and not (learnt and plan):
-            ridge = by_ridge(problem, signal, settings, PENALTIES)
-        if not learnt:
-            whole = next(iter(ridge.values()))
-    fitted = Fitted(whole=whole, ridge=ridge, plan=plan or IDENTITY, signal=signal)
+
+    @cache
+    def ridge() -> Mapping[float, Refiner]:
+        with _at_full_speed():
+            return by_ridge(working_set(problem, signal, settings), signal, settings, PENALTIES)
+
+    if plan is None or plan.penalty is None:
+        with _at_full_speed():
+            chosen_from = working_set(problem, signal, settings)
+            whole = _train(chosen_from, settings, signal, progress, checkpoint)
+    else:
+        whole = ridge()[plan.penalty]
+    fitted = Fitted(
+        whole=whole,
+        ridge=ridge if _has_ridge(signal, settings.side) else None,
+        plan=plan or IDENTITY,
+        signal=signal,
+    )
     return fitted.tried(candidates(signal, settings.side), validate) if plan is None else fitted
 
 

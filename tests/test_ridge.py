@@ -154,7 +154,7 @@ def test_dropout_drops_its_part_and_keeps_the_mean() -> None:
 
 def test_more_is_tried_where_the_best_is_an_end() -> None:
     whole = Refiner.identity(DIM)
-    ridge = {penalty: whole for penalty in PENALTIES}
+    ridge = lambda: {penalty: whole for penalty in PENALTIES}  # noqa: E731
 
     def fitted(signal: Signal) -> Fitted:
         return Fitted(whole=whole, ridge=ridge, plan=IDENTITY, signal=signal)
