@@ -13,7 +13,7 @@ LAST_DIGITS = 1e-6  # relative L2 distance of one vector that is normalised over
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
 _COMPUTED = 2e-6  # relative L2 distance of one vector that two kinds of machine computed
 _KEYS, _AT_ONCE = 4, 256
-_AMBIGUOUS = (
+AMBIGUOUS = (
     "rows were removed or reordered, ids of this index are positions, and some rows with equal "
     "vectors now had different originals: which is whose cannot be told. Restore the index from a "
     "backup, or give rows ids of their own"
@@ -36,7 +36,11 @@ class Lookup:
 
 
 class ByVector:
-    """Finds the originals of refined vectors, wherever they are now."""
+    """Finds the originals of refined vectors, wherever they are now.
+
+    Attributes:
+        ambiguous: Digests of vectors that rows with different originals have.
+    """
 
     def __init__(
         self, rows: Rows, digests: Digests, places: Positions, alike: Alike | None = None
@@ -51,7 +55,7 @@ class ByVector:
         self._lookup = Lookup(self._digests)
         twice = np.flatnonzero(self._digests[1:] == self._digests[:-1])
         first, second = (row_digests(rows.take(self._places[twice + i])) for i in (0, 1))
-        self._ambiguous = self._digests[twice[first != second]]
+        self.ambiguous = self._digests[twice[first != second]]
 
     def find(self, vectors: Vectors) -> Positions:
         """Return each row's position among the originals, -1 where it is not ours, shape (b,).
@@ -60,8 +64,8 @@ class ByVector:
             JournalError: Rows with different originals have this vector now.
         """
         digests = row_digests(vectors)
-        if np.isin(digests, self._ambiguous).any():
-            raise JournalError(_AMBIGUOUS)
+        if np.isin(digests, self.ambiguous).any():
+            raise JournalError(AMBIGUOUS)
         found = self._lookup.find(digests)
         places = np.asarray(np.where(found >= 0, self._places[found], -1))
         if self._alike is not None and (places < 0).any():
@@ -119,7 +123,7 @@ class Alike:
         out = np.full(len(keys), -1)
         out[row] = place
         if not near(self._rows.take(place), self._rows.take(out[row]), SAME).all():
-            raise JournalError(_AMBIGUOUS)
+            raise JournalError(AMBIGUOUS)
         return out
 
 

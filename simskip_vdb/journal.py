@@ -4,8 +4,10 @@ A state folder holds
 
     manifest.json          the only file that is ever replaced; it names all the others
     originals-*.arrow      every row as the application wrote it: id, vector (Arrow IPC)
-    written-*.arrow        every row as we wrote it: id, digest of its vector (Arrow IPC); both one
-                           file, or one for each partition of the index
+    written-*.arrow        every row as a write of ours left it: id, digest of its vector, digest of
+                           its original, by the first digest (Arrow IPC); that of every write is
+                           kept, since its rows may come back. Originals and these are one file, or
+                           one for each partition of the index
     before-*.arrow         every row as an earlier refinement of ours had left it (Arrow IPC)
     unseen-*.arrow         originals of rows that a filter hides by now; never deleted (Arrow IPC)
     kept-*                 the index file as it was before the first write
@@ -50,6 +52,7 @@ from simskip_vdb.manifest import (
     NEW_VECTOR,
     FileRef,
     Manifest,
+    Past,
     Write,
     manifest_from,
     ref_from,
@@ -65,6 +68,7 @@ __all__ = [
     "FileRef",
     "Journal",
     "Manifest",
+    "Past",
     "Write",
     "ref_from",
 ]
@@ -253,7 +257,8 @@ class Journal:
         if write is None:
             return
         if not happened:
-            self._update(pending=None)
+            begun = () if self._whole(write) else self._past_of(replace(write, written=None))
+            self._update(pending=None, past=(*self.manifest.past, *begun))
         else:
             entry = {
                 "action": "refine" if write.refiner else "rollback",
@@ -261,21 +266,83 @@ class Journal:
                 "time": write.time,
                 **write.summary,
             }
+            current = self.manifest.current
+            before = self._past_of(current) if current is not None else ()
+            undone = None
+            if not write.refiner and write.mode != NEW_VECTOR:
+                undone = write.originals or self.manifest.held
             self._update(
                 pending=None,
                 current=write if write.refiner else None,
                 history=(*self.manifest.history, entry),
+                past=(*self.manifest.past, *before),
+                held=undone,
             )
         self._sweep()
 
-    def save_written(self, ids: Ids, digests: Digests) -> FileRef:
-        """Write the digests of rows as read back, in bytes 16 a row, and make them durable."""
-        return self._save_digests("written", ids, digests)
+    @staticmethod
+    def _whole(write: Write) -> bool:
+        """Tell whether a write is seen all at once, or not at all."""
+        return bool(write.fingerprint)
 
-    def _save_digests(self, stem: str, ids: Ids, digests: Digests) -> FileRef:
+    def _past_of(self, write: Write) -> tuple[Past, ...]:
+        """Return a write as one that may come back, where it can and is not known as such."""
+        past = Past(refiner=write.refiner, time=write.time, written=write.written)
+        known = {(item.refiner, item.written) for item in self.manifest.past}
+        if not write.refiner or write.mode == NEW_VECTOR or (past.refiner, past.written) in known:
+            return ()
+        return (past,)
+
+    @property
+    def past(self) -> tuple[Past, ...]:
+        """Every write before the last one, those among it that left no digests."""
+        manifest = self.manifest
+        named = {item.refiner for item in manifest.past}
+        writes = (manifest.current, manifest.pending)
+        named |= {write.refiner for write in writes if write is not None} | {""}
+        # Earlier versions kept no digests of writes before the last.
+        unnamed = {entry["refiner"]: entry["time"] for entry in manifest.history}
+        older = [
+            Past(refiner=name, time=when)
+            for name, when in sorted(unnamed.items())
+            if name not in named and (self.refiners / name).is_dir()
+        ]
+        return (*manifest.past, *older)
+
+    @property
+    def original_ref(self) -> FileRef | None:
+        """The originals of the last scan that a write named; None where the state holds none."""
+        manifest = self.manifest
+        writes = (manifest.pending, manifest.current)
+        refs = [write.originals for write in writes if write is not None] + [manifest.held]
+        return next((ref for ref in refs if ref is not None), None)
+
+    def held_originals(self) -> list[Rows]:
+        """Return all originals that the state holds, those of the last write first.
+
+        Raises:
+            JournalError: They are damaged.
+        """
+        manifest = self.manifest
+        writes = (manifest.pending, manifest.current)
+        refs = [write.originals for write in writes if write is not None] + [manifest.held]
+        found = {ref.name or ref.files: ref for ref in refs if ref is not None}
+        rows = [Rows(*map(self.path, ref.files)) for ref in found.values()]
+        return rows + [Rows(path) for path in sorted(self.folder.glob("unseen-*.arrow"))]
+
+    def save_written(self, ids: Ids, digests: Digests, originals: Digests) -> FileRef:
+        """Write the digests of rows as read back and of their originals, and make them durable.
+
+        They take 24 bytes a row where ids are numbers.
+        """
+        return self._save_digests("written", ids, digests, originals)
+
+    def _save_digests(self, stem: str, ids: Ids, digests: Digests, originals: Digests) -> FileRef:
         import pyarrow as pa
 
-        batch = pa.record_batch([ids_to_arrow(ids), pa.array(digests)], ["id", "digest"])
+        order = np.argsort(digests, kind="stable")
+        columns = [ids_to_arrow(ids[order]), pa.array(digests[order]), pa.array(originals[order])]
+        batch = pa.record_batch(columns, ["id", "digest", "original"])
         return self._save_arrow(stem, [batch], batch)
 
     def open_written(self, ref: FileRef) -> tuple[Ids, Digests]:
@@ -335,13 +402,19 @@ class Journal:
         return ids, digests
 
     def forget_kept(self) -> list[str]:
-        """Let go of the index file from before the first write; return what was removed."""
-        current = self.manifest.current
-        if current is None or current.kept is None:
-            return []
-        self._update(current=replace(current, kept=None))
-        self._sweep()
-        return [current.kept.name]
+        """Let go of what no rollback needs any more; return what was removed.
+
+        That is the index file from before the first write; and originals that were brought back.
+        """
+        current, held = self.manifest.current, self.manifest.held
+        removed = [] if held is None else [file.name for file in held.files]
+        if current is not None and current.kept is not None:
+            removed.append(current.kept.name)
+            current = replace(current, kept=None)
+        if removed:
+            self._update(current=current, held=None)
+            self._sweep()
+        return removed
 
     def forget_history(self, refiners: int, entries: int | None) -> None:
         """Keep the history of the current refiner and of as many before it as are wanted.
@@ -363,8 +436,10 @@ class Journal:
             for number, entry in enumerate(history)
             if entry["refiner"] in kept and (number >= start or number == first[entry["refiner"]])
         )
-        if len(left) < len(history):
-            self._update(history=left)
+        known = tuple(item for item in self.manifest.past if item.refiner in kept)
+        if len(left) < len(history) or len(known) < len(self.manifest.past):
+            self._update(history=left, past=known)
+            self._sweep()
 
     def mark_copy(self, source: str, write: Write) -> None:
         """Record that this index is a refined copy of another one."""
@@ -456,7 +531,7 @@ class Journal:
         if not self._sure:
             return
         manifest = self.manifest
-        refs = [self.scanned]
+        refs = [self.scanned, manifest.held, *(item.written for item in manifest.past)]
         for write in (manifest.current, manifest.pending):
             if write is not None:
                 refs += [write.originals, write.written, write.kept]

@@ -78,8 +78,36 @@ class Write:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """A write before the current one, whose rows an application may still hold and save again.
+
+    Attributes:
+        refiner: Id of the refiner whose vectors were written.
+        time: Seconds since the epoch.
+        written: Digests of all rows as read back; None where the write was interrupted and undone.
+    """
+
+    refiner: str
+    time: float
+    written: FileRef | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What the state folder holds and how far the index got."""
+    """What the state folder holds and how far the index got.
+
+    Attributes:
+        state_id: Told apart by this from the state of any other index.
+        index: Address of the index.
+        dim: Dimension of its vectors.
+        metric: How they are compared.
+        current: The write whose vectors the index holds; None where it holds originals.
+        pending: A write that was announced and not settled.
+        copy_of: The index that this one is a refined copy of.
+        history: Every refinement and rollback, as `status` shows them.
+        past: Writes before the current one, which may come back.
+        held: Originals of rows that were rolled back, for the same reason.
+    """
 
     state_id: str
     index: str
@@ -89,6 +117,8 @@ class Manifest:
     pending: Write | None = None
     copy_of: str | None = None
     history: tuple[Mapping[str, Any], ...] = ()
+    past: tuple[Past, ...] = ()
+    held: FileRef | None = None
 
 
 def manifest_from(data: Mapping[str, Any]) -> Manifest:
@@ -98,6 +128,10 @@ def manifest_from(data: Mapping[str, Any]) -> Manifest:
     for name in ("current", "pending"):
         values[name] = _write_from(values[name])
     values["history"] = tuple(values["history"])
+    values["held"] = ref_from(values.get("held"))
+    values["past"] = tuple(
+        Past(**{**item, "written": ref_from(item["written"])}) for item in values.get("past", ())
+    )
     return Manifest(**values)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors
-from simskip_vdb.errors import VerificationError
+from simskip_vdb.errors import ConfigError, VerificationError
 from simskip_vdb.overlap import ahead
 from simskip_vdb.provenance import SCAN_ROWS, Lookup, Resemblance, near
 from simskip_vdb.rows import Digests, Rows, row_digests
@@ -67,6 +67,11 @@ class RolledBack:
     fingerprint: str
 
 
+def nothing_to_undo(store: VectorStore) -> ConfigError:
+    """Return the error that says so."""
+    return ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
+
+
 class Outgoing:
     """The stream of refined rows, and what it takes to recognise them when read back."""
 
@@ -75,6 +80,7 @@ class Outgoing:
         self._refine = refine
         self._progress = progress
         self._sent = np.zeros(len(rows), np.uint64)
+        self.originals: Digests = np.zeros(len(rows), np.uint64)
         self.moved = 0
 
     def batches(self) -> Iterator[VectorBatch]:
@@ -83,6 +89,7 @@ class Outgoing:
             for start, block, refined in blocks:
                 stop = start + len(block)
                 self._sent[start:stop] = row_digests(refined)
+                self.originals[start:stop] = row_digests(block)
                 changed = refined.view(np.uint32) != block.view(np.uint32)  # NaN equals itself
                 self.moved += int(changed.any(axis=1).sum())
                 yield VectorBatch(ids=self._rows.ids[start:stop], vectors=refined)

@@ -10,7 +10,8 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.provenance import LiveRows, Lookup, Ours, near, our_rows
+from simskip_vdb.provenance import Lookup, near
+from simskip_vdb.register import Ours, Register, our_rows
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.store import VectorStore
 
@@ -62,9 +63,9 @@ class PartState(Journal):
         self.scanned = replace(ref, partition=self._name)
         return Rows(self.folder / ref.name)
 
-    def save_written(self, ids: Ids, digests: Digests) -> FileRef:
+    def save_written(self, ids: Ids, digests: Digests, originals: Digests) -> FileRef:
         """Write the digests of this partition's rows; see `Journal.save_written`."""
-        ref = self._save_digests(f"written-{self._number}", ids, digests)
+        ref = self._save_digests(f"written-{self._number}", ids, digests, originals)
         return replace(ref, partition=self._name)
 
     def ours(self, store: VectorStore) -> Ours | None:
@@ -84,7 +85,7 @@ class _PartRows:
     def __init__(self, state: PartState, store: VectorStore) -> None:
         assert state.last is not None
         self._state, self._store = state, store
-        self._own = LiveRows(state, store)
+        self._own = Register(state, store, past=False)
         self._rows = state.open_originals(state.last)
         self._lookup = Lookup(self._rows.ids)
         self._all: Ours | None = None

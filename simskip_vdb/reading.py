@@ -9,7 +9,8 @@ import numpy as np
 
 from simskip_vdb.datatypes import Progress, VectorBatch
 from simskip_vdb.journal import Journal
-from simskip_vdb.provenance import SCAN_ROWS, Ours, TrueRows
+from simskip_vdb.provenance import SCAN_ROWS, TrueRows
+from simskip_vdb.register import Ours
 from simskip_vdb.rows import row_digests
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import FileBacked, VectorStore

@@ -13,10 +13,10 @@ from simskip_vdb.crew import Crew
 from simskip_vdb.datatypes import Progress, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
-from simskip_vdb.outgoing import Refine, RolledBack, Written
-from simskip_vdb.provenance import our_rows
+from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo
 from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.register import our_rows
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import (
     AddsVectors,
@@ -211,8 +211,8 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
             f"{store.info().uri} is a refined copy of {manifest.copy_of}, which was never "
             "changed; delete the copy to undo it"
         )
-    if manifest.current is None and manifest.pending is None:
-        raise ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
+    if manifest.current is None and manifest.pending is None and not journal.past:
+        raise nothing_to_undo(store)
     if isinstance(store, FileBacked):
         return whole_file.rollback(store, journal, progress)
     return row_by_row.rollback(_by_rows(store), journal, progress)

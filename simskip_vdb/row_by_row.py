@@ -25,9 +25,10 @@ from simskip_vdb.datatypes import (
 )
 from simskip_vdb.errors import StoppedError, TransientStoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.outgoing import Refine, RolledBack, Written
-from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
+from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo
+from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.register import Register, WrittenRows, write_of
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.sending import Sending, Sent, Snapshot
 from simskip_vdb.store import Check, RowStore, VectorStore
@@ -107,16 +108,16 @@ def write(
         summary=summary,
         partitions={} if pending is None else pending.partitions,
     )
-    settled = _settled(journal, found, refiner, exact=store.info().exact)
+    right = settled(journal, found, refiner.id, exact=store.info().exact)
     journal.announce(write)
     try:
         receiving = target.open(progress)
         mark(receiving, _note(journal, refiner))
-        sending = Sending(target, receiving, found, read_then, refine, progress, settled)
+        sending = Sending(target, receiving, found, read_then, refine, progress, right)
         if send is None:
             sent = sending.run(journal)
         else:
-            sent = send(found, settled, progress)
+            sent = send(found, right, progress)
             receiving.settle(progress)
         accept(receiving)
         target.finish(read_then, sending.refined, progress)
@@ -146,13 +147,17 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
         TransientStoreError: The store kept failing; the same command resumes.
     """
     write = journal.manifest.pending or journal.manifest.current
-    assert write is not None
+    if write is None:  # rows came back that had been rolled back
+        write = write_of("", journal.original_ref)
     target = make_target(store, journal, write.mode, write.refiner)
     undo = replace(write, refiner="", summary={}, time=time.time())
     if journal.manifest.pending is None:
         journal.announce(undo)
     originals = journal.open_originals(write)
     done = target.rollback(write, progress)
+    if not done.rows and not (write.refiner or journal.manifest.current):
+        journal.settle(happened=False)
+        raise nothing_to_undo(store)
     _keep_unseen(done.store, journal)
     after = fingerprint(done.store)
     exact = is_restored(done.store, originals)
@@ -175,7 +180,7 @@ def abandon(
     target = make_target(store, journal, pending.mode, pending.refiner)
     _undo(target, journal, pending, progress)
     digests = found.digests.copy()
-    lookup, ours, rounding = Lookup(found.rows.ids), LiveRows(journal, store), store.info().rounding
+    lookup, ours, rounding = Lookup(found.rows.ids), Register(journal, store), store.info().rounding
     for batch in store.scan(SCAN_ROWS):
         places = lookup.find(batch.ids)
         known = np.flatnonzero(places >= 0)
@@ -192,13 +197,13 @@ def recover(journal: Journal) -> None:
         journal.settle(happened=False)
 
 
-def _settled(journal: Journal, found: Snapshot, refiner: Refiner, *, exact: bool) -> Mask:
-    """Tell which rows still are as this very refiner's last write left them, shape (n,)."""
+def settled(journal: Journal, found: Snapshot, refiner: str, *, exact: bool) -> Mask:
+    """Tell which rows still are as the last write left them, if it was this refiner's, (n,)."""
     current, pending = journal.manifest.current, journal.manifest.pending
-    if current is None or current.refiner != refiner.id or current.written is None:
+    if current is None or current.refiner != refiner or current.written is None:
         return np.zeros(len(found.rows), np.bool_)
     past = {entry["refiner"] for entry in journal.manifest.history}
-    if not exact and pending is None and past <= {refiner.id, ""}:
+    if not exact and pending is None and past <= {refiner, ""}:
         # The same vector may be read back with other last digits; what is ours can only be its.
         return found.ours
     ids, digests = journal.open_written(current.written)
@@ -219,7 +224,7 @@ def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -
 
 def _before(store: RowStore, journal: Journal, write: Write, kept: Rows) -> Iterator[VectorBatch]:
     """Yield the rows as they are but for what an interrupted write did to them."""
-    ours, lookup = WrittenRows(journal, write, store.info().rounding), Lookup(kept.ids)
+    ours, lookup = WrittenRows(journal, write, store), Lookup(kept.ids)
     for batch in store.scan(SCAN_ROWS):
         vectors, mine = ours.originals(batch)
         vectors[~mine] = batch.vectors[~mine]

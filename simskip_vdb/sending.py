@@ -85,6 +85,7 @@ class Sending:
         self._due = np.zeros(len(found.rows), np.bool_)
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._digests: Digests = np.zeros(len(found.rows), np.uint64)
+        self._originals: Digests = np.zeros(len(found.rows), np.uint64)
         self._rounding = store.info().rounding
         self._settled = settled
         self.moved = 0
@@ -98,7 +99,9 @@ class Sending:
         self.send()
         self._store.settle(self._progress)
         read = self.verify()
-        written = journal.save_written(read.ids[read.ours], read.digests[read.ours])
+        ids = read.ids[read.ours]
+        originals = self._originals[self._lookup.find(ids)]
+        written = journal.save_written(ids, read.digests[read.ours], originals)
         return Sent(written, fingerprint_of(read.ids, read.digests), self.outcome(read))
 
     def send(self) -> None:
@@ -115,6 +118,7 @@ class Sending:
         self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
         due = np.isfinite(refined).all(axis=1)
         self._digests[part] = row_digests(refined)
+        self._originals[part] = row_digests(block)
         if self._target.mode != NEW_VECTOR:
             due &= ~self._settled[part] & (self._digests[part] != found.digests[part])
         elif self._target.filled:

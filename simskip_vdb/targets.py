@@ -15,7 +15,8 @@ from simskip_vdb.errors import (
     VerificationError,
 )
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
+from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
+from simskip_vdb.register import Register, WrittenRows
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.store import (
     BESIDE,
@@ -281,7 +282,7 @@ def holding(store: VectorStore, write: Write | None) -> VectorStore:
 def holds(store: VectorStore, journal: Journal, write: Write) -> bool:
     """Tell whether every row is as a write left it, and there is no other."""
     place = holding(store, write)
-    ours = WrittenRows(journal, write, place.info().rounding)
+    ours = WrittenRows(journal, write, place)
     count = 0
     for batch in place.scan(SCAN_ROWS):
         if not ours.originals(batch)[1].all():
@@ -335,7 +336,7 @@ def put_back(
     Raises:
         StoreError: Rows still hold refined vectors afterwards.
     """
-    ours = LiveRows(journal, store)
+    ours = Register(journal, store)
     lookup = None if rows is None else Lookup(rows.ids)
     rounding = store.info().rounding
 

