@@ -37,9 +37,10 @@ from simskip_vdb.connectors.swap import (
     confirm,
     copy_durably,
     give_new_name,
-    kept_as,
+    keep_as,
     staged,
     swap_in,
+    sweep,
     take_mode_and_owner,
     unchanged,
 )
@@ -237,10 +238,10 @@ class FaissStore:
             self._write(batches, check, temporary, new)
             self._unchanged(expected)
             take_mode_and_owner(temporary, self._path)
-            with kept_as(self._path, keep, expected):
-                self._unchanged()
-                written = Identity.of(temporary)
-                swap_in(temporary, self._path)
+            keep_as(self._path, keep, expected)
+            self._unchanged()
+            written = Identity.of(temporary)
+            swap_in(temporary, self._path)
             self._open(Trust.ALL if Identity.of(self._path) == written else Trust.NONE)
             confirm(self._path)
 
@@ -286,6 +287,7 @@ class FaissStore:
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
         if not self._read_only:
+            sweep(self._path)
             settle(self._path)
 
     @property

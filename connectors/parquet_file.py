@@ -16,9 +16,10 @@ from simskip_vdb.connectors.swap import (
     confirm,
     copy_durably,
     give_new_name,
-    kept_as,
+    keep_as,
     staged,
     swap_in,
+    sweep,
     take_mode_and_owner,
     unchanged,
 )
@@ -167,9 +168,9 @@ class ParquetFile:
             self._write(batches, check, temporary)
             unchanged(self._path, self._identity, expected)
             take_mode_and_owner(temporary, self._path)
-            with kept_as(self._path, keep, expected):
-                unchanged(self._path, self._identity)
-                swap_in(temporary, self._path)
+            keep_as(self._path, keep, expected)
+            unchanged(self._path, self._identity)
+            swap_in(temporary, self._path)
             self.reopen()
             confirm(self._path)
 
@@ -199,8 +200,7 @@ class ParquetFile:
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
         if not self._read_only:
-            with staged(self._path):
-                pass
+            sweep(self._path)
 
     @property
     def _uri(self) -> str:

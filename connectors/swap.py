@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import stat
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import NamedTuple
 
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
+
+NEW = "simskip-new"
+"""Ends the names of files that are being written, before what tells them apart."""
 
 
 class Identity(NamedTuple):
@@ -31,16 +36,9 @@ class Identity(NamedTuple):
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """Make a private, empty file beside `target`, and leave none behind.
-
-    A leftover of a killed run is overwritten.
-
-    Raises:
-        StoreError: The folder cannot be written.
-    """
-    temporary = target.with_name(f".{target.name}.simskip-new")
+    """Make a private, empty file beside `target`, of a name of its own, and leave none behind."""
+    temporary = target.with_name(f".{target.name}.{NEW}-{uuid.uuid4().hex[:8]}")
     with disk_errors(target):
-        temporary.unlink(missing_ok=True)
         # Readable for nobody else until it has the target's mode.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
@@ -48,6 +46,18 @@ def staged(target: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sweep(target: Path) -> None:
+    """Remove what killed runs left beside a file; nobody else may be writing it.
+
+    Raises:
+        StoreError: The folder cannot be written.
+    """
+    pattern = glob.escape(f".{target.name}.{NEW}") + "*"
+    with disk_errors(target):
+        for leftover in target.parent.glob(pattern):
+            leftover.unlink()
 
 
 def take_mode_and_owner(temporary: Path, target: Path) -> None:
@@ -92,9 +102,8 @@ def unchanged(path: Path, identity: Identity, expected: str | None = None) -> No
         )
 
 
-@contextmanager
-def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
-    """Keep a file under a second name; drop that name again if the block does not replace it.
+def keep_as(path: Path, keep: Path | None, expected: str) -> None:
+    """Keep a file under a second name.
 
     A name left by a killed run is taken over if its bytes are the expected ones.
 
@@ -102,24 +111,12 @@ def kept_as(path: Path, keep: Path | None, expected: str) -> Iterator[None]:
         StoreError: There is another file of that name, or it cannot be made.
     """
     if keep is None:
-        yield
         return
-    made = not keep.exists()
-    with disk_errors(path):
-        old = Identity.of(path)
-    if made:
+    if not keep.exists():
         with disk_errors(keep):
             _link_or_copy(path, keep)
     elif sha256_of(keep) != expected:
         raise StoreError(f"{keep}: exists and holds something else; nothing was changed")
-    try:
-        yield
-    except BaseException:
-        # An interrupt can arrive after the swap, when this name is the only one left.
-        with suppress(OSError):
-            if made and Identity.of(path) == old:
-                keep.unlink()
-        raise
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -81,6 +81,7 @@ class StoreInfo:
         partial: True where a filter hides rows, so that one may leave or enter.
         state: Folder where the state of this store is kept, unless told otherwise; None where
             there is no usual place.
+        claim: Folder where it is noted who writes; None for that of the state.
         details: Index parameters worth showing, by FAISS's or Qdrant's own names.
     """
 
@@ -97,6 +98,7 @@ class StoreInfo:
     payload: bool = False
     partial: bool = False
     state: Path | None = None
+    claim: Path | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -14,7 +14,8 @@ A state folder holds
     refiners/ID/           fitted refiners, and which rows each knows (known.arrow)
     fits/                  checkpoints of fits under way, or interrupted
     ledger.json            splits of queries, and looks at the test queries
-    lock, holder           held while a run goes on, and by which process
+    lock, holder           held while a run goes on, and by which process; the same in the usual
+                           place of a state that is elsewhere, since that stands for the index
     crew/                  while processes of their own work on partitions: who may (`fence`)
 
 Files are named by their content's hash, written whole, fsynced, and only then named in the
@@ -28,23 +29,24 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import re
+import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from glob import glob
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
+from simskip_vdb.claims import HOLDER, LOCK, Claim
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
-from simskip_vdb.errors import JournalError, MissingDependencyError, StateInUseError, StoreError
+from simskip_vdb.errors import JournalError
 from simskip_vdb.fence import shut_out
 from simskip_vdb.manifest import (
     IN_PLACE,
@@ -76,7 +78,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-KNOWN, HOLDER = "known.arrow", "holder"
+KNOWN = "known.arrow"
 OURS = re.compile(
     r"(originals|written|before)(-\d+)?(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}"
 )
@@ -90,49 +92,37 @@ class Journal:
         folder: The state folder; created when first written to.
         info: The index it belongs to.
 
+    Attributes:
+        other: Says that the folder is the state of an index of other vectors, or nothing.
+
     Raises:
-        JournalError: The state is damaged, of a newer schema, or of another index.
+        JournalError: The state is damaged or of a newer schema. Held, also: it is of another index.
     """
 
     def __init__(self, folder: Path, info: StoreInfo) -> None:
         self.folder = folder
         self._info = info
-        self._lock: Any = None
+        self._held: list[Claim] = []
+        self._stack = ExitStack()
         self.scanned: FileRef | None = None
         self._known: dict[str, tuple[tuple[int, ...], tuple[Ids, Digests]]] = {}
         self._sound: dict[str, tuple[int, ...]] = {}
         self._sure = True  # that the manifest on disk is the one in memory
+        self.other, self._undoes = "", False
         self.manifest = self._read_manifest()
 
     def __enter__(self) -> Journal:
-        try:
-            import filelock
-        except ImportError:
-            raise MissingDependencyError("filelock", "eval") from None
-        try:
-            # Originals must not be readable for more people than the index is.
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = filelock.FileLock(self.folder / "lock", timeout=0)
-            self._lock.acquire()
-        except filelock.Timeout:
-            raise StateInUseError(
-                f"another run{self._holder()} holds {self.folder}; wait for it to end, then run "
-                "the same command"
-            ) from None
-        except OSError as error:
-            raise StoreError(
-                f"cannot write the state folder {self.folder}: {error}; "
-                "choose another with --state DIR"
-            ) from error
-        try:
-            with suppress(OSError):  # only for people
-                (self.folder / HOLDER).write_text(f"{os.getpid()} on {platform.node()}")
+        with ExitStack() as stack:
+            for claim in self._claims():
+                claim.take()
+                stack.callback(claim.drop)
+                self._held.append(claim)
+            self._set_aside()
             shut_out(self.folder)
             self.manifest = self._read_manifest()
+            self.check()
             self._sweep()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -142,18 +132,26 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.scanned = None
-        try:
+        with self._stack:
             self._sweep()
-            with suppress(OSError):
-                (self.folder / HOLDER).unlink()
-        finally:
-            self._lock.release()
+        self._held.clear()
 
-    def _holder(self) -> str:
-        try:
-            return f" (process {(self.folder / HOLDER).read_text(encoding='utf-8')})"
-        except (OSError, ValueError):
-            return ""
+    def _claims(self) -> list[Claim]:
+        """Return what a run holds: the state, and the place beside what is written."""
+        state = Claim(self.folder, what=str(self.folder))
+        place = self._info.claim or self._info.state
+        if place is None or place.absolute() == self.folder.absolute():
+            return [state]
+        return [Claim(place, what=self._info.uri, passing=True), state]
+
+    def check(self) -> None:
+        """Make sure that this run still holds the index and its state.
+
+        Raises:
+            StateInUseError: Another run took over, or the state was moved away.
+        """
+        for claim in self._held:
+            claim.check()
 
     @property
     def refiners(self) -> Path:
@@ -248,7 +246,19 @@ class Journal:
         return self._save_arrow(stem, tables(), empty)
 
     def announce(self, write: Write) -> None:
-        """Record a write that is about to happen."""
+        """Record a write that is about to happen.
+
+        Raises:
+            JournalError: An original would not be safe.
+            StateInUseError: Another run took over.
+        """
+        for ref in (write.originals, write.written):
+            for file in () if ref is None else ref.files:
+                if not (self.folder / file.name).is_file():
+                    raise JournalError(
+                        f"{self.folder / file.name} is gone, so originals would not be safe; "
+                        "nothing was written. Run the command again"
+                    )
         self._update(pending=write)
 
     def settle(self, *, happened: bool, done: Write | None = None) -> None:
@@ -446,6 +456,7 @@ class Journal:
         self._update(copy_of=source, current=write)
 
     def _update(self, **changes: Any) -> None:  # noqa: ANN401 fields of Manifest
+        self.check()
         manifest = replace(self.manifest, **changes)
         data = {"schema": SCHEMA, **asdict(manifest)}
         self._sure = False
@@ -461,9 +472,7 @@ class Journal:
                     f"{path} is missing beside what it names, so nobody can tell originals from "
                     "refined rows; restore the state folder from a backup"
                 )
-            return Manifest(
-                state_id=uuid.uuid4().hex, index=info.uri, dim=info.dim, metric=info.metric.value
-            )
+            return self._fresh()
         try:
             data = json.loads(path.read_bytes())
             schema = data.pop("schema")
@@ -478,13 +487,16 @@ class Journal:
             raise JournalError(
                 f"{path} cannot be read ({error}); restore the state folder from a backup"
             ) from error
+        written = manifest.current or manifest.pending
         if (manifest.dim, manifest.metric) != (info.dim, info.metric.value):
-            raise JournalError(
+            self.other = (
                 f"{self.folder} is the state of another index "
                 f"({manifest.dim} dimensions, {manifest.metric}), not of {info.uri} "
-                f"({info.dim}, {info.metric.value}); move it away or choose another with --state"
+                f"({info.dim}, {info.metric.value})"
             )
-        written = manifest.current or manifest.pending
+            self._undoes = written is not None
+            return self._fresh()
+        self.other = ""
         if written is not None and manifest.index != info.uri:
             if self.folder != info.state and _still_there(manifest.index):
                 raise JournalError(
@@ -493,6 +505,47 @@ class Journal:
                 )
             manifest = replace(manifest, index=info.uri)  # the index moved, and its state with it
         return manifest
+
+    def _fresh(self) -> Manifest:
+        info = self._info
+        return Manifest(
+            state_id=uuid.uuid4().hex, index=info.uri, dim=info.dim, metric=info.metric.value
+        )
+
+    def usable(self) -> None:
+        """Make sure that this is the state of this index, or one that can be set aside.
+
+        Raises:
+            JournalError: It is of another index, and undoes what was written there.
+        """
+        if self.other and self._undoes:
+            folder, aside = (shlex.quote(str(path)) for path in (self.folder, self._aside))
+            raise JournalError(
+                f"{self.other}, and holds what undoes its refinement. If the index was built anew "
+                f"and that is not needed any more: mv {folder} {aside}; else choose another state "
+                "with --state"
+            )
+
+    @property
+    def _aside(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.of-another-index")
+
+    def _set_aside(self) -> None:
+        """Make room where the state is of an index that was here before, and undoes nothing."""
+        self._read_manifest()
+        self.usable()
+        if not self.other:
+            return
+        place = self._aside
+        number = next(n for n in count() if not place.with_name(f"{place.name}-{n}").exists())
+        place = place.with_name(f"{place.name}-{number}")
+        with disk_errors(place):
+            place.mkdir(mode=0o700)
+            for file in sorted(self.folder.iterdir()):
+                if file.name not in (LOCK, HOLDER):
+                    os.replace(file, place / file.name)
+            make_durable(self.folder)
+        log.warning("%s; it undoes nothing, and was set aside as %s", self.other, place)
 
     def _save_arrow(self, stem: str, batches: Iterable[Any], empty: Any) -> FileRef:  # noqa: ANN401 pyarrow
         """Write record batches; `empty` has their schema where there are none."""
@@ -525,10 +578,10 @@ class Journal:
     def _sweep(self) -> None:
         """Delete what a killed run or a finished write left unnamed.
 
-        Not where the manifest could not be written: the one on disk may name other files. What
-        cannot be deleted now is deleted another time.
+        Not where the manifest could not be written, or is another run's by now: the one on disk may
+        name other files. What cannot be deleted now is deleted another time.
         """
-        if not self._sure:
+        if not self._sure or not all(claim.held for claim in self._held):
             return
         manifest = self.manifest
         refs = [self.scanned, manifest.held, *(item.written for item in manifest.past)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -88,6 +88,7 @@ class Sending:
         self._originals: Digests = np.zeros(len(found.rows), np.uint64)
         self._rounding = store.info().rounding
         self._settled = settled
+        self._check_claim: Callable[[], None] = lambda: None
         self.moved = 0
 
     def run(self, journal: Journal) -> Sent:
@@ -96,6 +97,7 @@ class Sending:
         Raises:
             VerificationError: See `verify`.
         """
+        self._check_claim = journal.check
         self.send()
         self._store.settle(self._progress)
         read = self.verify()
@@ -127,6 +129,7 @@ class Sending:
         if due.any():
             batch = VectorBatch(ids=found.rows.ids[part][due], vectors=refined[due])
             first = not self._sent.any()
+            self._check_claim()
             self._sent[np.flatnonzero(due) + start] = self._store.update(batch, self._unchanged)
             if first and self._sent.any():
                 self._check_first(part, batch)

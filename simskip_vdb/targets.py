@@ -360,6 +360,7 @@ def put_back(
     for batch, now, size in due():
         seen += size
         if len(batch):
+            journal.check()
             restored += int(store.update(batch, _Unchanged(now, store.info())).sum())
     store.settle(progress)
     left = sum(len(batch) for batch, _, _ in due())

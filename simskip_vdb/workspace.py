@@ -381,6 +381,7 @@ def open_workspace(
     start = time.perf_counter()
     with ExitStack() as stack:
         past = Journal(folder, store.info())
+        past.usable()
         if past.manifest.copy_of is not None:
             raise ConfigError(
                 f"{store.info().uri} is a refined copy of {past.manifest.copy_of}: a refined "
@@ -395,7 +396,8 @@ def open_workspace(
                     "a run was interrupted while writing; finish it without --dry-run first"
                 )
             temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="simskip-"))
-            journal = stack.enter_context(Journal(Path(temporary), store.info()))
+            nowhere = replace(store.info(), state=None, claim=None)
+            journal = stack.enter_context(Journal(Path(temporary), nowhere))
         else:
             journal = stack.enter_context(past)
             recover(store, journal)
@@ -460,10 +462,12 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
         return override.resolve()
     pointer = usual / POINTER
     known = Path(pointer.read_text(encoding="utf-8")) if pointer.is_file() else usual
-    if pointer.is_file() and not known.is_dir():
+    moved = override is not None and (override / "manifest.json").is_file()
+    if pointer.is_file() and not (known / "manifest.json").is_file() and not moved:
         raise JournalError(
-            f"the state of {store.info().uri} was put in {known}, which is gone; bring it back. "
-            f"Only if that index was replaced by another one, remove {pointer}"
+            f"the state of {store.info().uri} was put in {known}, which does not hold it any more; "
+            f"bring it back, mount its disk, or name the folder where it is now by --state. Only "
+            f"if that index was replaced by another one, remove {pointer}"
         )
     if override is None:
         return known

@@ -120,14 +120,14 @@ def test_a_save_right_before_the_swap_is_noticed(
 ) -> None:
     index = Index("faiss", tmp_path)
     application = Application(index, in_place=False)
-    real = swap.kept_as
+    real = swap.keep_as
 
-    def kept_as(*arguments: object) -> object:
+    def keep_as(*arguments: object) -> None:
         application.save()  # after its bytes were compared
-        return real(*arguments)  # type: ignore[arg-type]
+        real(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(faiss_store, "kept_as", kept_as)
+        patch.setattr(faiss_store, "keep_as", keep_as)
         with pytest.raises(StoreChangedError):
             index.refine()
     assert same(held_by(index), application.rows)

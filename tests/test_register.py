@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ class Index:
         """Return what brings the index back as it is now, as an application or a backup would."""
         if self.kind == "edge":
             held = self.rows()
-            return lambda: put(self.path, held)
+            return partial(put, self.path, held)
         copy = self.folder / "copy"
         shutil.copyfile(self.path, copy)
-        return lambda: shutil.copyfile(copy, self.path)
+        return partial(put_file, copy, self.path)
 
     def rows(self) -> dict[int, Any]:
         batches = list(open_store(self.uri).scan(100))
@@ -75,6 +76,10 @@ class Index:
         rows = self.rows()
         found = np.stack([rows[i] for i in self.points])
         return len(rows) == N and bool(np.allclose(found, wanted, atol=1e-6 if name else 0))
+
+
+def put_file(copy: Path, path: Path) -> None:
+    shutil.copyfile(copy, path)
 
 
 def put(folder: Path, rows: dict[int, Any]) -> None:
