@@ -150,6 +150,7 @@ class EdgeStore:
             payload=True,
             partial=self._filter is not None,
             state=self._state,
+            claim=self._states,
             details={
                 **settings.hnsw,
                 **({"points": points} if self._multi else {}),

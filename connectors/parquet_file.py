@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, quote
 
 import numpy as np
 
@@ -58,6 +60,25 @@ class Options(NamedTuple):
             if value != self._field_defaults[name]
         }
         return "?" + "&".join(f"{name}={value}" for name, value in told.items()) if told else ""
+
+
+def state_root(path: Path) -> Path:
+    """Return where the states of a file's or a folder's columns are."""
+    return path.with_name(f"{path.name}.simskip")
+
+
+def state_of(path: Path, column: str) -> Path:
+    """Return where the state of a column of vectors is; every column has one of its own.
+
+    It is the root for the usual column, and for the one whose state is there already.
+    """
+    root = state_root(path)
+    try:
+        index = json.loads((root / "manifest.json").read_bytes())["index"]
+        owner = dict(parse_qsl(index.partition("?")[2])).get("vector", Options().vector)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        owner = Options().vector
+    return root if column == owner else root / "columns" / quote(column, safe="")
 
 
 class ParquetFile:
@@ -123,7 +144,8 @@ class ParquetFile:
             metric=self._options.metric,
             exhaustive=True,
             payload=True,
-            state=self._path.with_name(f"{self._path.name}.simskip"),
+            state=state_of(self._path, self._options.vector),
+            claim=state_root(self._path),
             details=self._columns.details,
         )
 

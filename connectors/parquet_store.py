@@ -9,7 +9,14 @@ from urllib.parse import parse_qsl, unquote
 
 import numpy as np
 
-from simskip_vdb.connectors.parquet_file import SCHEME, Options, ParquetFile, check_fields
+from simskip_vdb.connectors.parquet_file import (
+    SCHEME,
+    Options,
+    ParquetFile,
+    check_fields,
+    state_of,
+    state_root,
+)
 from simskip_vdb.connectors.part_notes import refuse_part, refuse_refined
 from simskip_vdb.connectors.parted import Parted, check_alike
 from simskip_vdb.datatypes import Metric, StoreInfo
@@ -61,7 +68,8 @@ class ParquetFolder(Parted):
             metric=first.metric,
             exhaustive=True,
             payload=True,
-            state=self._folder.with_name(f"{self._folder.name}.simskip"),
+            state=state_of(self._folder, self._options.vector),
+            claim=state_root(self._folder),
             details=first.details,
         )
 

@@ -142,6 +142,7 @@ class QdrantRows:
         """Describe the vector as it is now; only points that have it count."""
         found, layout = self._describe(), self._layout
         points = self._reader.count()
+        state = state_of(self._client, self._opened_as, self._label)
         return StoreInfo(
             uri=self._uri,
             kind=kind_of(layout, found, local=self._local),
@@ -152,7 +153,8 @@ class QdrantRows:
             rounding=layout.rounding,
             payload=True,
             partial=self._filter is not None,
-            state=state_of(self._client, self._opened_as, self._label),
+            state=state,
+            claim=None if state is None else state.parent,
             details=details_of(layout, found, self._version_text),
         )
 

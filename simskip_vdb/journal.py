@@ -495,6 +495,13 @@ class Journal:
                 f"({info.dim}, {info.metric.value})"
             )
             self._undoes = written is not None
+            if self._undoes:
+                folder, aside = (shlex.quote(str(path)) for path in (self.folder, self._aside))
+                self.other += (
+                    ", and holds what undoes its refinement. If the index was built anew and that "
+                    f"is not needed any more: mv {folder} {aside}; else choose another state with "
+                    "--state"
+                )
             return self._fresh()
         self.other = ""
         if written is not None and manifest.index != info.uri:
@@ -519,12 +526,7 @@ class Journal:
             JournalError: It is of another index, and undoes what was written there.
         """
         if self.other and self._undoes:
-            folder, aside = (shlex.quote(str(path)) for path in (self.folder, self._aside))
-            raise JournalError(
-                f"{self.other}, and holds what undoes its refinement. If the index was built anew "
-                f"and that is not needed any more: mv {folder} {aside}; else choose another state "
-                "with --state"
-            )
+            raise JournalError(self.other)
 
     @property
     def _aside(self) -> Path:

@@ -126,6 +126,8 @@ def render_rollback(result: Mapping[str, Any]) -> str:
 def render_status(status: Mapping[str, Any]) -> str:
     """Say whether an index is refined, by what, and how to undo it."""
     lines = [f"{status['index']} · {status['kind']} · {status['rows']:,} rows × {status['dim']}"]
+    if status["state_of_another"]:
+        lines.append(status["state_of_another"])
     if status["copy_of"]:
         lines.append(f"a refined copy of {status['copy_of']}, which is as it was")
     if status["interrupted"]:

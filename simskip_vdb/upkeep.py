@@ -97,6 +97,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "state": str(folder) if known else None,
         "state_bytes": journal.size if known else 0,
         "refined": refined,
+        "state_of_another": journal.other or None,
         "copy_of": journal.manifest.copy_of,
         "interrupted": pending is not None,
         "partitions_written": 0 if pending is None else len(pending.partitions),

@@ -15,10 +15,12 @@ from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Ids, Vectors
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreChangedError
+from simskip_vdb.inspection import inspect
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import RolledBack, Written, recover, rollback, snapshot, write
 from simskip_vdb.store import VectorStore
+from simskip_vdb.upkeep import status
 
 N, D = 600, 12
 
@@ -304,8 +306,41 @@ def test_damaged_state_is_named_and_not_used(desk: Desk, victim: str) -> None:
 def test_state_of_another_index_is_refused(desk: Desk, tmp_path: Path) -> None:
     desk.refine(random_refiner(D, desk.ids))
     other = flat(tmp_path / "other.faiss", np.ones((3, D + 1), np.float32))
-    with pytest.raises(JournalError, match="another index"):
-        Journal(desk.state, FaissStore(other).info())
+    journal = Journal(desk.state, FaissStore(other).info())
+    assert "another index" in journal.other
+    with pytest.raises(JournalError, match=r"another index .* mv /.*/x\.faiss\.simskip"), journal:
+        pass
+    assert desk.rollback().exact
+
+
+def test_a_state_that_undoes_nothing_gives_way_to_an_index_built_anew(
+    desk: Desk, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    desk.rollback()
+    rows = rng.normal(size=(N, D + 1)).astype(np.float32)
+    anew = Desk(flat(desk.path, rows), np.arange(N), rows)
+    assert status(FaissStore(desk.path))["refined"] is None
+    refiner = random_refiner(D + 1, anew.ids)
+    anew.refine(refiner)
+    assert near(anew.read(), anew.refined(refiner))
+    aside = desk.state.with_name(f"{desk.state.name}.of-another-index-0")
+    assert (aside / "manifest.json").is_file()
+    assert anew.rollback().exact
+
+
+def test_an_index_built_anew_is_told_from_the_refined_one(
+    desk: Desk, rng: np.random.Generator
+) -> None:
+    desk.refine(random_refiner(D, desk.ids))
+    rows = rng.normal(size=(N, D + 1)).astype(np.float32)
+    anew = Desk(flat(desk.path, rows), np.arange(N), rows)
+    told = status(FaissStore(desk.path))
+    assert told["refined"] is None
+    assert "mv " in told["state_of_another"]
+    assert inspect(FaissStore(desk.path))["rows"] == N
+    with pytest.raises(JournalError, match="mv "):
+        anew.refine(random_refiner(D + 1, anew.ids))
 
 
 def test_a_newer_schema_is_refused(desk: Desk) -> None:
