@@ -103,7 +103,7 @@ def evaluate(
         written, folder = space.current, settings.refiner
         if folder is None and written is not None:
             folder = space.journal.refiners / written.refiner
-            space.current = None  # before: the originals
+            space.current, space.as_given = None, True  # before: the originals
         refiner = _load(folder, space) if folder else _identity(space)
         _check_originals(space, refiner)
         if not len(space.judged.queries[on]):
@@ -282,6 +282,7 @@ def _save(refiner: Refiner, space: Workspace) -> Path:
 
 def _load(folder: Path, space: Workspace) -> Refiner:
     refiner = Refiner.load(folder)
+    refiner.check_ids(space.rows.ids)
     if (refiner.dim, refiner.metric) != (space.info.dim, space.info.metric):
         raise ConfigError(
             f"the refiner in {folder} is for {refiner.dim} dimensions and {refiner.metric.value}, "

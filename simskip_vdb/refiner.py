@@ -204,6 +204,14 @@ class Refiner:
                 move = ~late
         return self._formula.apply(x, slots, move, f)
 
+    def check_ids(self, ids: Ids) -> None:
+        """Make sure that ids are of the kind that the refiner knows rows by.
+
+        Raises:
+            DataError: They are text where it knows numbers, or the other way round.
+        """
+        self._offset_slots(ids[:0])
+
     def __call__(self, queries: NDArray[Any]) -> Vectors:
         """Refine queries: through f where they move, unchanged otherwise.
 

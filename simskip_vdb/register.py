@@ -10,7 +10,7 @@ import numpy as np
 
 from simskip_vdb.by_vector import AMBIGUOUS, LAST_DIGITS, Alike, ByVector, Lookup, near, ramps
 from simskip_vdb.datatypes import Ids, Mask, Positions, StoreInfo, VectorBatch, Vectors
-from simskip_vdb.errors import JournalError
+from simskip_vdb.errors import DataError, JournalError
 from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal, Past, Write
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import Digests, Rows, ids_from_arrow, row_digests
@@ -180,6 +180,15 @@ def write_of(refiner: str, originals: FileRef | None) -> Write:
     )
 
 
+def _fits(refiner: Refiner, ids: Ids) -> bool:
+    """Tell whether a refiner can have made anything of rows with such ids."""
+    try:
+        refiner.check_ids(ids)
+    except DataError:
+        return False
+    return True
+
+
 class _Held:
     """Originals that the state holds, found by id and digest; by digest where ids are positions."""
 
@@ -258,6 +267,7 @@ class WrittenRows:
         self._rows = journal.open_originals(write)
         self._place = Lookup(self._rows.ids)
         self._refiner = Refiner.load(journal.refiners / write.refiner)
+        self._fits = _fits(self._refiner, self._rows.ids)
         self._digests: Digests = np.zeros(len(self._rows), np.uint64)
         if write.written is not None:
             ids, digests = journal.open_written(write.written)
@@ -312,7 +322,7 @@ class WrittenRows:
         digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for start, block in self._rows.blocks():
             ids = self._rows.ids[start : start + len(block)]
-            for late in (False, True):
+            for late in (False, True) if self._fits else ():
                 refined = self._refiner.refine_rows(block, ids, np.full(len(block), late))
                 found = row_digests(refined)
                 moved = np.flatnonzero(found != row_digests(block))
@@ -333,7 +343,7 @@ class WrittenRows:
     def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
         # Rows that acted as test queries were written as rows that arrive late are.
         found = np.zeros(len(rows), np.bool_)
-        if not len(rows):
+        if not len(rows) or not self._fits:
             return found
         for late in (False, True):
             refined = self._refiner.refine_rows(

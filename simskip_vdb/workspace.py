@@ -111,6 +111,7 @@ class Workspace:
         usable: Rows that are finite and not zero, shape (n,).
         judged: Judgments by position.
         current: What was written to the index last; None where it holds originals.
+        as_given: Whether the originals are what a gain is measured from: no row of ours is there.
         held_by: The store whose rows are what the application finds now.
         measures: Measures to report, the chosen one first.
         seconds: Time by stage.
@@ -141,6 +142,7 @@ class Workspace:
         self.settings = settings
         self.current: Write | None = journal.manifest.current
         self.held_by = holding(store, self.current)
+        self.as_given = self.current is None
         self.usable = found.usable
         defaults = DEFAULT_MEASURES if judged.groups is None else GROUP_MEASURES
         chosen = (settings.measure,) if settings.measure else ()
@@ -203,15 +205,10 @@ class Workspace:
 
     def current_blocks(self) -> Blocks:
         """Yield all rows as the index holds them now."""
-        if self._as_given:
+        if self.as_given:
             yield from self.rows.blocks()
         else:
             yield from self.blocks_of(self.held_by)
-
-    @property
-    def _as_given(self) -> bool:
-        """Whether every row is as the application wrote it."""
-        return self.current is None and not self.found.ours.any()
 
     def blocks_of(self, store: VectorStore) -> Blocks:
         """Yield all rows as a store holds them; NaN for rows that were removed since."""
@@ -303,7 +300,7 @@ class Workspace:
 
     def current_rows(self, positions: Positions) -> Vectors:
         """Return rows as the index holds them now, shape (len(positions), d)."""
-        if self._as_given:
+        if self.as_given:
             return self.rows.take(positions)
         return self.rows_of(self.held_by, positions)
 
@@ -421,6 +418,7 @@ def open_workspace(
         if not settings.dry_run:
             ledger.assign({name: split.value for name, split in judged.assigned.items()})
         space.current = past.manifest.current
+        space.as_given = space.current is None and not found.ours.any()
         space.seconds["read"] = time.perf_counter() - start
         yield space
 

@@ -17,7 +17,9 @@ from parquet_files import write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
-from simskip_vdb.errors import ConfigError, JournalError
+from simskip_vdb.errors import ConfigError, DataError, JournalError
+from simskip_vdb.journal import Journal, Write
+from simskip_vdb.workspace import state_folder
 
 N, D = 300, 12
 
@@ -158,3 +160,38 @@ def test_an_index_that_was_rolled_back_is_refined_like_a_new_one(index: Index) -
     index.rollback()
     assert index.refine("X").written["rows"] == N
     assert index.holds("X")
+
+
+def test_a_refiner_for_ids_of_another_kind_leaves_no_trace(index: Index) -> None:
+    other = np.arange(N).astype("S44") if index.ids.dtype.kind == "i" else np.arange(N)
+    random_refiner(D, other).save(index.folder / "Z")
+    with pytest.raises(DataError, match="row ids are"):
+        index.refine("Z")
+    assert not ss.status(open_store(index.uri))["interrupted"]
+    index.refine("X")
+    assert index.holds("X")
+
+
+def test_a_write_that_was_begun_by_a_refiner_that_does_not_fit_gives_way(index: Index) -> None:
+    other = np.arange(N).astype("S44") if index.ids.dtype.kind == "i" else np.arange(N)
+    refiner = random_refiner(D, other)
+    store = open_store(index.uri)
+    folder = state_folder(store, None)
+    with Journal(folder, store.info()) as journal:
+        refiner.save(journal.refiners / refiner.id)
+        journal.save_originals(store.scan(100))
+        held = Write(
+            refiner=refiner.id,
+            before="",
+            fingerprint="",
+            originals=journal.scanned,
+            written=None,
+            kept=None,
+            time=0.0,
+        )
+        journal.announce(held)
+    getattr(store, "close", lambda: None)()
+    index.refine("X")
+    assert index.holds("X")
+    index.rollback()
+    assert index.holds(None)
