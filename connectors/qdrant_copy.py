@@ -10,6 +10,7 @@ from qdrant_client import models
 
 from simskip_vdb.connectors.qdrant_calls import Calls
 from simskip_vdb.connectors.qdrant_layout import Layout, vectors_of
+from simskip_vdb.connectors.qdrant_marker import CLAIM
 from simskip_vdb.connectors.qdrant_points import F16_ROUNDING, F32_ROUNDING
 from simskip_vdb.datatypes import Progress
 from simskip_vdb.errors import (
@@ -166,7 +167,7 @@ def _create(calls: Calls, source: str, target: str, found: models.CollectionInfo
             wal_config=_as(models.WalConfigDiff, config.wal_config),
             quantization_config=config.quantization_config,
             strict_mode_config=_as(models.StrictModeConfig, config.strict_mode_config),
-            metadata={**(config.metadata or {}), _KEY: source},
+            metadata={**(config.metadata or {}), CLAIM: None, _KEY: source},
         )
         fan_out = {
             name: value

@@ -7,7 +7,7 @@ from typing import Any
 
 from simskip_vdb.connectors.qdrant_calls import Calls
 
-_KEY = "simskip"
+_KEY, CLAIM = "simskip", "simskip-claim"
 
 
 def write_metadata(
@@ -21,6 +21,19 @@ def write_metadata(
     # Keys are merged into what is there, and null takes one away.
     metadata = {_KEY: notes or None}
     calls("update_collection", collection_name=collection, metadata=metadata)
+
+
+def write_claim(calls: Calls, collection: str, note: Mapping[str, Any] | None) -> None:
+    """Say in the collection's metadata who writes it; None that nobody does."""
+    metadata = {CLAIM: None if note is None else dict(note)}
+    calls("update_collection", collection_name=collection, metadata=metadata)
+
+
+def read_claim(calls: Calls, collection: str) -> Mapping[str, Any] | None:
+    """Return what `write_claim` left."""
+    config = calls("get_collection", collection_name=collection).config
+    claim = (config.metadata or {}).get(CLAIM)
+    return dict(claim) if claim else None
 
 
 def read_metadata(calls: Calls, collection: str) -> Mapping[str, Mapping[str, Any]]:

@@ -19,7 +19,9 @@ from simskip_vdb.connectors.qdrant_copy import (
 )
 from simskip_vdb.connectors.qdrant_layout import need_version, vectors_of
 from simskip_vdb.connectors.qdrant_marker import (
+    read_claim,
     read_metadata,
+    write_claim,
     write_metadata,
 )
 from simskip_vdb.connectors.qdrant_open import open_address, state_of
@@ -37,6 +39,7 @@ class QdrantStore(QdrantRows):
     """A `QdrantRows` that carries a note, takes more vectors a row, and can be copied."""
 
     _opened: tuple[str, str | Mapping[str, Any] | None, str | None] | None = None
+    _claimed = ""
 
     @classmethod
     def open(
@@ -103,6 +106,20 @@ class QdrantStore(QdrantRows):
             notes = read_metadata(self._calls, self._collection)
             return own_note(notes, self._layout.name, self._filter_text, self._uri)
         return read_note(self._marker)
+
+    def claimed(self) -> Mapping[str, Any] | None:
+        """Return who writes this collection; see `Claimable.claimed`."""
+        if self._version < _METADATA:
+            return None
+        return read_claim(self._calls, self._claimed or self._collection)
+
+    def claim(self, note: Mapping[str, Any] | None) -> None:
+        """Say who writes this collection; see `Claimable.claim`. Before 1.16 there is no room."""
+        self._writable()
+        if self._version >= _METADATA:
+            # The alias may lead elsewhere when the claim is dropped.
+            write_claim(self._calls, self._claimed or self._collection, note)
+            self._claimed = "" if note is None else self._claimed or self._collection
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note; see `Marked.mark`.

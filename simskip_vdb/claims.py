@@ -7,15 +7,25 @@ writes nothing any more once that note is not its own.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from simskip_vdb.errors import MissingDependencyError, StateInUseError, StoreError
+from simskip_vdb.errors import (
+    MissingDependencyError,
+    StateInUseError,
+    StoreError,
+    TransientStoreError,
+)
+from simskip_vdb.store import Claimable, VectorStore
+
+log = logging.getLogger(__name__)
 
 LOCK, HOLDER = "lock", "holder"
 
@@ -51,11 +61,7 @@ class Claim:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = filelock.FileLock(self._lock_file, timeout=0)
             self._lock.acquire()
-            now = datetime.now(timezone.utc)
-            self._text = (
-                f"process {os.getpid()} on {platform.node()}, since {now:%Y-%m-%d %H:%M:%S} UTC\n"
-                f"{uuid.uuid4().hex}\n"
-            )
+            self._text = f"{_whoami()}\n{uuid.uuid4().hex}\n"
             self._note.write_text(self._text, encoding="utf-8")
         except filelock.Timeout:
             self._lock = None
@@ -112,3 +118,84 @@ class Claim:
             return f" ({self._note.read_text(encoding='utf-8').splitlines()[0]})"
         except (OSError, ValueError, IndexError):
             return ""
+
+
+class StoreClaim:
+    """A store that one run writes at a time, whatever machine it is on; the store says which.
+
+    A server cannot compare and set. Who writes over another's claim at the same moment is told by
+    looking again: before the first row, and before every batch.
+
+    Args:
+        store: It may be `Claimable`; else there is nothing to hold.
+        state: The state's id. A run that died is followed up by one with the same state.
+    """
+
+    def __init__(self, store: VectorStore, state: str) -> None:
+        self._store = store if isinstance(store, Claimable) else None
+        self._uri, self._state = store.info().uri, state
+        self._token = ""
+
+    def take(self) -> None:
+        """Take the store, or raise.
+
+        Raises:
+            StateInUseError: Another run writes it.
+        """
+        if self._store is None:
+            return
+        there = self._store.claimed()
+        if there is not None and there.get("state") != self._state:
+            raise StateInUseError(self._told(there))
+        note = {"state": self._state, "token": uuid.uuid4().hex, "who": _whoami()}
+        try:
+            self._store.claim(note)
+        except TransientStoreError:
+            raise
+        except StoreError as error:
+            log.warning("nobody else is kept from writing %s meanwhile: %s", self._uri, error)
+            return
+        held = self._store.claimed()
+        if held is not None:  # a server that is too old keeps no claim
+            self._token = note["token"]
+            self.check()
+
+    def check(self) -> None:
+        """Make sure that this run still holds the store.
+
+        Raises:
+            StateInUseError: Another run took it over.
+        """
+        if not self.held:
+            assert self._store is not None
+            raise StateInUseError(self._told(self._store.claimed() or {}))
+
+    @property
+    def held(self) -> bool:
+        """Whether this run still holds the store, or there is nothing to hold."""
+        if not self._token or self._store is None:
+            return True
+        return (self._store.claimed() or {}).get("token") == self._token
+
+    def drop(self) -> None:
+        """Let go of the store."""
+        if self._token and self._store is not None:
+            try:
+                if self.held:
+                    self._store.claim(None)
+            except StoreError as error:  # a rollback removes a copy, and a server may be gone
+                log.info("%s: the claim was left: %s", self._uri, error)
+        self._token = ""
+
+    def _told(self, there: Mapping[str, Any]) -> str:
+        return (
+            f"{self._uri}: another run ({there.get('who', 'unknown')}) writes it; this one writes "
+            "nothing more. Wait for it to end, then run the same command. Only if that run is gone "
+            "and cannot be finished where its state is, take the key 'simskip-claim' out of the "
+            "collection's metadata"
+        )
+
+
+def _whoami() -> str:
+    now = datetime.now(timezone.utc)
+    return f"process {os.getpid()} on {platform.node()}, since {now:%Y-%m-%d %H:%M:%S} UTC"

@@ -33,7 +33,7 @@ import re
 import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from glob import glob
 from itertools import chain, count
@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.claims import HOLDER, LOCK, Claim
+from simskip_vdb.claims import HOLDER, LOCK, Claim, StoreClaim
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import JournalError
@@ -61,6 +61,7 @@ from simskip_vdb.manifest import (
 )
 from simskip_vdb.overlap import behind
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
+from simskip_vdb.store import Marked, VectorStore
 
 __all__ = [
     "IN_PLACE",
@@ -102,7 +103,7 @@ class Journal:
     def __init__(self, folder: Path, info: StoreInfo) -> None:
         self.folder = folder
         self._info = info
-        self._held: list[Claim] = []
+        self._held: list[Claim | StoreClaim] = []
         self._stack = ExitStack()
         self.scanned: FileRef | None = None
         self._known: dict[str, tuple[tuple[int, ...], tuple[Ids, Digests]]] = {}
@@ -143,6 +144,46 @@ class Journal:
         if place is None or place.absolute() == self.folder.absolute():
             return [state]
         return [Claim(place, what=self._info.uri, passing=True), state]
+
+    @property
+    def _mine(self) -> bool:
+        """Whether no other run has taken the state over."""
+        return all(claim.held for claim in self._held if isinstance(claim, Claim))
+
+    @contextmanager
+    def holding(self, store: VectorStore) -> Iterator[None]:
+        """Hold the store as well, where it says itself who writes it.
+
+        Raises:
+            StateInUseError: Another run writes it.
+            JournalError: Another run refined it meanwhile.
+        """
+        claim = StoreClaim(store, self.manifest.state_id)
+        claim.take()
+        self._held.append(claim)
+        try:
+            self.check_marker(store)
+            yield
+        finally:
+            self._held.remove(claim)
+            claim.drop()
+
+    def check_marker(self, store: VectorStore) -> None:
+        """Make sure that a store which says that it was refined is not taken for raw.
+
+        Raises:
+            JournalError: The state that its marker names is not this one.
+        """
+        note = store.marker() if isinstance(store, Marked) else None
+        if note is None:
+            return
+        known = (self.folder / "manifest.json").is_file()
+        if not known or note.get("state") != self.manifest.state_id:
+            raise JournalError(
+                f"{store.info().uri} is marked as refined by {note.get('refiner')}, but the state "
+                f"that holds its originals is not in {self.folder}; name its folder by --state, or "
+                "restore it from a backup. Nothing is refined twice"
+            )
 
     def check(self) -> None:
         """Make sure that this run still holds the index and its state.
@@ -456,7 +497,8 @@ class Journal:
         self._update(copy_of=source, current=write)
 
     def _update(self, **changes: Any) -> None:  # noqa: ANN401 fields of Manifest
-        self.check()
+        if not self._mine:
+            self.check()
         manifest = replace(self.manifest, **changes)
         data = {"schema": SCHEMA, **asdict(manifest)}
         self._sure = False
@@ -583,7 +625,7 @@ class Journal:
         Not where the manifest could not be written, or is another run's by now: the one on disk may
         name other files. What cannot be deleted now is deleted another time.
         """
-        if not self._sure or not all(claim.held for claim in self._held):
+        if not self._sure or not self._mine:
             return
         manifest = self.manifest
         refs = [self.scanned, manifest.held, *(item.written for item in manifest.past)]

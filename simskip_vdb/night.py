@@ -33,7 +33,6 @@ from simskip_vdb.store import VectorStore
 from simskip_vdb.upkeep import is_as_written
 from simskip_vdb.workspace import (
     Workspace,
-    check_marker,
     keep_refiner,
     open_workspace,
     state_folder,
@@ -137,7 +136,7 @@ def _quiet(
     attempt = Attempt.load(folder)
     if attempt is None or _by_evidence(attempt, judgments, refit):
         return None
-    check_marker(store, journal)
+    journal.check_marker(store)
     with journal:
         if not is_as_written(store, journal, manifest.current):
             return None

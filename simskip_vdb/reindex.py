@@ -148,7 +148,8 @@ def write(
     if isinstance(store, FileBacked):
         check_mode(store, mode)
         return whole_file.write(store, found, refine, **kwargs)
-    return row_by_row.write(_by_rows(store), found, refine, mode=mode, send=send, **kwargs)
+    with journal.holding(store):
+        return row_by_row.write(_by_rows(store), found, refine, mode=mode, send=send, **kwargs)
 
 
 def check_mode(store: VectorStore, mode: str) -> None:
@@ -215,7 +216,8 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
         raise nothing_to_undo(store)
     if isinstance(store, FileBacked):
         return whole_file.rollback(store, journal, progress)
-    return row_by_row.rollback(_by_rows(store), journal, progress)
+    with journal.holding(store):
+        return row_by_row.rollback(_by_rows(store), journal, progress)
 
 
 def abandon(
@@ -227,7 +229,8 @@ def abandon(
         StoreError: Rows could not be restored.
         TransientStoreError: The store kept failing; the same command resumes.
     """
-    return row_by_row.abandon(_by_rows(store), found, journal, progress)
+    with journal.holding(store):
+        return row_by_row.abandon(_by_rows(store), found, journal, progress)
 
 
 def fingerprint(store: VectorStore) -> str:

@@ -216,6 +216,23 @@ class Marked(Protocol):
 
 
 @runtime_checkable
+class Claimable(Protocol):
+    """Ability: the store itself says who is writing it, for runs on whatever machine."""
+
+    def claimed(self) -> Mapping[str, Any] | None:
+        """Return what the run that writes said of itself; None where none does."""
+        ...
+
+    def claim(self, note: Mapping[str, Any] | None) -> None:
+        """Say who writes (plain JSON values); None that nobody does.
+
+        Raises:
+            StoreError: This user may not write it.
+        """
+        ...
+
+
+@runtime_checkable
 class AddsVectors(Protocol):
     """Ability: a row can hold another vector under a name of its own."""
 

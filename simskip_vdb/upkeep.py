@@ -21,7 +21,7 @@ from simskip_vdb.report import undo_command
 from simskip_vdb.runs import Runs, record
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
-from simskip_vdb.workspace import check_marker, forget_elsewhere, state_folder
+from simskip_vdb.workspace import forget_elsewhere, state_folder
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def rollback(
         raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
     start = time.perf_counter()
     with Journal(folder, info) as journal:
-        check_marker(store, journal)
+        journal.check_marker(store)
         recover(store, journal)
         done = roll_back(store, journal, progress)
         forget_elsewhere(info.state)

@@ -49,7 +49,7 @@ from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.search import ExactSearch
-from simskip_vdb.store import Marked, RowWritable, VectorStore
+from simskip_vdb.store import RowWritable, VectorStore
 from simskip_vdb.targets import holding
 from simskip_vdb.threads import blas_on_one_thread
 
@@ -386,7 +386,7 @@ def open_workspace(
                 f"is another index by the same name, remove {folder} first"
             )
         _check_search(store, settings)
-        check_marker(store, past)
+        past.check_marker(store)
         if settings.dry_run:
             if past.manifest.pending is not None:
                 raise ConfigError(
@@ -423,24 +423,6 @@ def open_workspace(
         yield space
 
 
-def check_marker(store: VectorStore, journal: Journal) -> None:
-    """Make sure that a store which says that it was refined is not taken for raw.
-
-    Raises:
-        JournalError: The state that its marker names is not this one.
-    """
-    note = store.marker() if isinstance(store, Marked) else None
-    if note is None:
-        return
-    known = (journal.folder / "manifest.json").is_file()
-    if not known or note.get("state") != journal.manifest.state_id:
-        raise JournalError(
-            f"{store.info().uri} is marked as refined by {note.get('refiner')}, but the state that "
-            f"holds its originals is not in {journal.folder}; name its folder by --state, or "
-            "restore it from a backup. Nothing is refined twice"
-        )
-
-
 def state_folder(store: VectorStore, override: Path | None) -> Path:
     """Return where an index's state lives: in its usual place, unless told otherwise.
 
@@ -463,8 +445,8 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
     moved = override is not None and (override / "manifest.json").is_file()
     if pointer.is_file() and not (known / "manifest.json").is_file() and not moved:
         raise JournalError(
-            f"the state of {store.info().uri} was put in {known}, which does not hold it any more; "
-            f"bring it back, mount its disk, or name the folder where it is now by --state. Only "
+            f"the state of {store.info().uri} was put in {known}, and is gone from there; bring it "
+            f"back, mount its disk, or name the folder where it is now by --state. Only "
             f"if that index was replaced by another one, remove {pointer}"
         )
     if override is None:
