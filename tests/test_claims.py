@@ -1,0 +1,201 @@
+"""One run writes an index at a time, wherever its state is and whatever machine it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from builders import ivf, random_refiner
+from edge_shards import make, row_ids
+from parquet_files import write_rows
+from qdrant_client import models
+from qdrant_server import Server
+
+import simskip_vdb as ss
+from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.qdrant_calls import Retries
+from simskip_vdb.connectors.qdrant_store import QdrantStore
+from simskip_vdb.datatypes import Metric
+from simskip_vdb.errors import JournalError, SimskipError, StateInUseError, StoreError
+from simskip_vdb.journal import Journal
+
+N, D = 60, 8
+
+
+@pytest.fixture(params=["faiss", "parquet", "qdrant-edge"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator) -> str:
+    path, ids = tmp_path / "index", np.arange(N) * 3
+    rows = rng.normal(size=(N, D)).astype(np.float32)
+    if request.param == "faiss":
+        ivf(path, ids, rows)
+    elif request.param == "parquet":
+        write_rows(path, ids, rows)
+    else:
+        make(path, ids.tolist(), rows)
+        ids = row_ids(ids.tolist())
+    metric = "cosine" if request.param == "parquet" else "dot"
+    random_refiner(D, ids, metric=Metric(metric)).save(tmp_path / "refiner")
+    return f"{request.param}:{path}"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_second_state_steps_aside_before_it_writes(uri: str, tmp_path: Path) -> None:
+    store = open_store(uri)
+    settings = ss.Settings(
+        refiner=tmp_path / "refiner", state=tmp_path / "other", accept_unmeasured=True
+    )
+    with Journal(tmp_path / "one", store.info()):
+        before = everything(tmp_path)
+        with pytest.raises(StateInUseError, match=r"another run \(process \d+ on .*, since 2"):
+            ss.refine(store, ss.Judgments(), settings)
+        assert everything(tmp_path) == before
+    report = ss.refine(store, ss.Judgments(), settings)
+    assert report.written is not None
+    assert report.written["rows"] == N
+    assert not (tmp_path / "index.simskip" / "lock").exists()
+
+
+class Desk:
+    """A collection on a server, and two operators with a refiner and a state each."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        rng = np.random.default_rng(5)
+        self.folder, self.server = folder, server
+        rows = rng.normal(size=(N, D)).astype(np.float32)
+        server.local.create_collection(
+            "docs", models.VectorParams(size=D, distance=models.Distance.DOT)
+        )
+        points = [models.PointStruct(id=i, vector=row.tolist()) for i, row in enumerate(rows)]
+        server.local.upsert("docs", points)
+        self.ids = row_ids(range(N))
+        self.old = self.rows()
+        self.made: dict[str, Any] = {"": self.old}
+        for seed, name in enumerate("AB"):
+            refiner = random_refiner(D, self.ids, seed)
+            refiner.save(folder / name)
+            made = refiner.refine_rows(np.stack([*self.old.values()]), row_ids(self.old))
+            self.made[name] = dict(zip(self.old, made, strict=True))
+
+    def rows(self) -> dict[int, Any]:
+        found, _ = self.server.local.scroll("docs", limit=N + 1, with_vectors=True)
+        return {int(point.id): np.array(point.vector, np.float32) for point in found}
+
+    def holds(self) -> str:
+        """Return whose rows all of them are: ``A``, ``B``, or nobody's; fail on a mixture."""
+        now = self.rows()
+        for name, made in self.made.items():
+            if all(np.allclose(now[i], made[i], atol=1e-6) for i in self.old):
+                return name
+        raise AssertionError("rows of several runs, or refined twice")
+
+    def open(self) -> QdrantStore:
+        retries = Retries(attempts=2, sleep=lambda seconds: None)
+        return QdrantStore(self.server.client, "docs", retries=retries)
+
+    def state(self, name: str) -> Path:
+        return self.folder / f"state-{name}"
+
+    def refine(self, name: str) -> bool:
+        """Refine as an operator does; tell whether it went well."""
+        settings = ss.Settings(
+            refiner=self.folder / name, state=self.state(name), accept_unmeasured=True
+        )
+        try:
+            ss.refine(self.open(), ss.Judgments(), settings)
+        except (JournalError, StoreError):
+            return False
+        return True
+
+    def rollback(self, name: str) -> bool:
+        try:
+            ss.rollback(self.open(), state=self.state(name))
+        except SimskipError:
+            return False
+        return True
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "user"))
+    with closing(Server()) as server:
+        yield server
+
+
+def test_two_machines_at_once_leave_the_rows_of_one(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Let B run from beginning to end before every request of A."""
+    outcomes = set()
+    for at in count(0, 2):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        if at:
+            server.local.delete_collection("docs")
+        desk, left, second = Desk(folder, server), at, [False, False]
+
+        def fault(name: str, body: Any) -> httpx.Response | None:  # noqa: ANN401
+            nonlocal left
+            left -= 1
+            if left == -1:
+                # The place of states is each machine's own.
+                monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another"))
+                second[:] = True, desk.refine("B")  # noqa: B023
+                monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "user"))
+            return None
+
+        server.fault = fault
+        first = desk.refine("A")
+        server.fault = lambda name, body: None
+        held = desk.holds()
+        assert held == ("A" if first else "B" if second[1] else "")
+        assert not (first and second[1] and second[0]) or held == "A"
+        outcomes.add((first, second[1]))
+        winner = held or "A"
+        if held:
+            assert desk.rollback(winner)
+        assert desk.holds() == ""
+        assert desk.refine("A")
+        assert desk.holds() == "A"
+        if not second[0]:
+            break
+    assert {(True, False), (False, True)} <= outcomes
+
+
+def test_a_claim_that_a_run_left_is_taken_over_by_its_state_alone(
+    server: Server, tmp_path: Path
+) -> None:
+    desk = Desk(tmp_path, server)
+    journal = Journal(desk.state("A"), desk.open().info())
+    with journal:
+        journal.begin()
+    note = {"state": journal.manifest.state_id, "token": "dead", "who": "process 1 on a"}
+    desk.open().claim(note)
+    settings = ss.Settings(refiner=tmp_path / "B", state=desk.state("B"), accept_unmeasured=True)
+    with pytest.raises(StateInUseError, match="process 1 on a"):
+        ss.refine(desk.open(), ss.Judgments(), settings)
+    assert desk.holds() == ""
+    assert desk.refine("A")
+    assert desk.open().claimed() is None
+    assert desk.holds() == "A"
+
+
+def test_who_may_not_claim_is_not_kept_from_writing(server: Server, tmp_path: Path) -> None:
+    desk = Desk(tmp_path, server)
+
+    def fault(name: str, body: Any) -> httpx.Response | None:  # noqa: ANN401
+        if body and "simskip-claim" in str(body):
+            return httpx.Response(403, json={"status": {"error": "Forbidden"}})
+        return None
+
+    server.fault = fault
+    assert desk.refine("A")
+    assert desk.holds() == "A"
