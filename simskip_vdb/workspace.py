@@ -402,6 +402,7 @@ def open_workspace(
         if settings.executor == RAY and not settings.dry_run:
             crew = stack.enter_context(ray_crew(store, journal))
         found = snapshot(store, journal, progress, past=past, fields=judgments.fields, crew=crew)
+        past.check_marker(store)  # what another run wrote meanwhile was read, and is no original
         ledger = Ledger(folder)
         judged = resolve(
             judgments.with_columns(found.columns, found.rows.ids),

@@ -29,6 +29,7 @@ class Server:
         config: What it says of a collection's configuration, over what is so.
         status: What it says of the optimisers, one after the other; then ``green``.
         seen: Method and path of every request, with its body.
+        between: Called before each request, when other programs may send theirs.
         watch: Hears of every request.
         fault: Asked before each request, by method with path and by body; what it returns is
             answered instead, and what it raises is what the client's transport raises.
@@ -42,6 +43,7 @@ class Server:
         self.seen: list[tuple[str, Any]] = []
         self.watch: Callable[[httpx.Request], None] = lambda request: None
         self.fault: Callable[[str, Any], httpx.Response | None] = lambda name, body: None
+        self.between: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self.client = QdrantClient(
             url="http://qdrant.test:6333",
@@ -93,6 +95,7 @@ class Server:
     def _answer(self, request: httpx.Request) -> httpx.Response:
         name = f"{request.method} {request.url.path}"
         body = json.loads(request.content) if request.content else {}
+        self.between()
         with self._lock:
             self.seen.append((name, body))
             self.watch(request)
