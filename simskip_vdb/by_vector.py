@@ -123,12 +123,30 @@ class Alike:
         return out
 
 
-def near(a: Vectors, b: Vectors, tolerance: float) -> Mask:
-    """Tell rows within a relative L2 distance; rows that are not finite count as near."""
+def near(a: Vectors, b: Vectors, tolerance: float, *, directions: bool = False) -> Mask:
+    """Tell rows within a relative L2 distance; rows that are not finite count as near.
+
+    All that an engine may change of a vector is told here. `StoreInfo.rounding` is how far; what a
+    store reads has the length that its engine gives vectors, so lengths count.
+
+    Args:
+        a: What is there, shape (n, d).
+        b: What is expected, shape (n, d).
+        tolerance: Largest distance, relative to the length of `b`.
+        directions: Leave lengths aside: one of the two did not come from the engine.
+    """
+    if directions:
+        a, b = unit(a), unit(b)
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.linalg.norm(a - b, axis=1)
         limit = tolerance * np.linalg.norm(b, axis=1)
         return np.asarray((distance <= limit) | ~np.isfinite(limit))
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Return vectors of length 1 in the same directions, shape (n, d); zero stays zero."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
 def ramps(sizes: Positions) -> Positions:

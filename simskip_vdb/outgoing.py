@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors
-from simskip_vdb.errors import VerificationError
+from simskip_vdb.errors import NothingWrittenError, VerificationError
 from simskip_vdb.overlap import ahead
 from simskip_vdb.provenance import SCAN_ROWS, Lookup, Resemblance, near
 from simskip_vdb.rows import Digests, Rows, row_digests
@@ -65,6 +65,27 @@ class RolledBack:
     restored: int
     kept: int
     fingerprint: str
+
+
+def refuse_nothing(uri: str, written: Written) -> None:
+    """Make sure that a write left its vectors in some row.
+
+    Raises:
+        NothingWrittenError: It left none.
+    """
+    if written.rows:
+        return
+    why = (
+        f"{written.theirs:,} rows were changed and {written.gone:,} removed while it went on; run "
+        "the same command again when nobody else writes"
+        if written.theirs or written.gone
+        else "this refiner moves none of the rows that are there: they came after its fit, or are "
+        "zero; fit again"
+    )
+    raise NothingWrittenError(
+        f"{uri}: the refinement reached no row, so nothing is claimed of it, and the index is as "
+        f"it was. {why}"
+    )
 
 
 class Outgoing:

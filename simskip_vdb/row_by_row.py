@@ -25,7 +25,7 @@ from simskip_vdb.datatypes import (
 )
 from simskip_vdb.errors import StoppedError, TransientStoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.outgoing import Refine, RolledBack, Written
+from simskip_vdb.outgoing import Refine, RolledBack, Written, refuse_nothing
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, LiveRows, Lookup, WrittenRows, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
@@ -78,6 +78,7 @@ def write(
     Raises:
         ConfigError: The store does not know this mode.
         VerificationError: The store does not hold what was written; it was restored.
+        NothingWrittenError: No row holds what was written; the store is as it was.
         TransientStoreError: The store kept failing; the same command resumes.
         StoppedError: From `progress`; the same command resumes.
     """
@@ -118,6 +119,7 @@ def write(
         else:
             sent = send(found, settled, progress)
             receiving.settle(progress)
+        refuse_nothing(store.info().uri, sent.outcome)
         accept(receiving)
         target.finish(read_then, sending.refined, progress)
     except (TransientStoreError, StoppedError):
