@@ -204,8 +204,11 @@ def _settled(journal: Journal, found: Snapshot, refiner: Refiner, *, exact: bool
         # The same vector may be read back with other last digits; what is ours can only be its.
         return found.ours
     ids, digests = journal.open_written(current.written)
+    settled = np.zeros(len(found.rows), np.bool_)
     places = Lookup(ids).find(found.rows.ids)
-    return np.asarray((places >= 0) & (digests[places] == found.digests))
+    there = np.flatnonzero(places >= 0)
+    settled[there] = digests[places[there]] == found.digests[there]
+    return settled
 
 
 def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:
