@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from simskip_vdb.connectors.attributes import take_attributes
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
 
@@ -51,10 +52,10 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def take_mode_and_owner(temporary: Path, target: Path) -> None:
-    """Give the staged file the mode and the owner of the file that it will replace.
+    """Give the staged file mode, owner and extended attributes of the file that it will replace.
 
     Raises:
-        StoreError: This user may not give files to that owner.
+        StoreError: This user may not give files to that owner, or set such an attribute.
     """
     with disk_errors(target):
         wanted, found = target.stat(), temporary.stat()
@@ -68,6 +69,7 @@ def take_mode_and_owner(temporary: Path, target: Path) -> None:
                     "written now would not; nothing was changed. Run as its owner"
                 ) from error
         temporary.chmod(stat.S_IMODE(wanted.st_mode))
+    take_attributes(temporary, target)
 
 
 def unchanged(path: Path, identity: Identity, expected: str | None = None) -> None:
