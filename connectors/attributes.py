@@ -1,4 +1,4 @@
-"""What a file carries beside its bytes, mode and owner: extended attributes, and ACLs among them."""
+"""What a file carries beside bytes, mode and owner: extended attributes, ACLs among them."""
 
 from __future__ import annotations
 

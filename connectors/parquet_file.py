@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrite
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
 from simskip_vdb.connectors.swap import (
@@ -169,7 +170,8 @@ class ParquetFile:
             take_mode_and_owner(temporary, self._path)
             with kept_as(self._path, keep, expected):
                 unchanged(self._path, self._identity)
-                swap_in(temporary, self._path)
+                with checksum_follows(self._path, temporary):
+                    swap_in(temporary, self._path)
             self.reopen()
             confirm(self._path)
 
@@ -192,7 +194,8 @@ class ParquetFile:
             copy_durably(kept, temporary)
             take_mode_and_owner(temporary, self._path)
             unchanged(self._path, self._identity, expected)
-            swap_in(temporary, self._path)
+            with checksum_follows(self._path, temporary):
+                swap_in(temporary, self._path)
             self.reopen()
             confirm(self._path)
 
@@ -201,6 +204,7 @@ class ParquetFile:
         if not self._read_only:
             with staged(self._path):
                 pass
+            heal_checksum(self._path)
 
     @property
     def _uri(self) -> str:

@@ -20,6 +20,7 @@ from simskip_vdb.connectors.qdrant_copy import (
 from simskip_vdb.connectors.qdrant_layout import need_version, vectors_of
 from simskip_vdb.connectors.qdrant_marker import (
     read_metadata,
+    refuse_older,
     write_metadata,
 )
 from simskip_vdb.connectors.qdrant_open import open_address, state_of
@@ -107,8 +108,8 @@ class QdrantStore(QdrantRows):
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note; see `Marked.mark`.
 
-        It lives in the collection's metadata, or in the state folder where the server is older
-        than 1.16. Two vectors of a collection have a note each.
+        It lives in the collection's metadata, in its folder in local mode, or in the state folder
+        where the server is older than 1.16. Two vectors of a collection have a note each.
         """
         self._writable()
         if self._version >= _METADATA:
@@ -136,6 +137,7 @@ class QdrantStore(QdrantRows):
                 raise ConfigError(f"{self._uri}: there is no vector '{name}'")
             self._writable()
             need_version(self._version, _NEW_VECTOR, "adding a vector", self._uri)
+            refuse_older(self._calls)
             create_vector(self._calls, self._collection, name, own)
         elif _space(vectors[name]) != _space(own):
             raise ConfigError(
@@ -174,6 +176,7 @@ class QdrantStore(QdrantRows):
         """
         self._writable()
         need_version(self._version, _METADATA, "copying a collection", self._uri)
+        refuse_older(self._calls)
         copy_collection(self._calls, self._collection, name, self._layout, progress)
         return self._sibling(name, self._layout.name, fill=False)
 

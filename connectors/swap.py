@@ -30,6 +30,11 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def staged_name(target: Path) -> Path:
+    """Return the name that `staged` gives a file; a killed run may have left one."""
+    return target.with_name(f".{target.name}.simskip-new")
+
+
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Make a private, empty file beside `target`, and leave none behind.
@@ -39,7 +44,7 @@ def staged(target: Path) -> Iterator[Path]:
     Raises:
         StoreError: The folder cannot be written.
     """
-    temporary = target.with_name(f".{target.name}.simskip-new")
+    temporary = staged_name(target)
     with disk_errors(target):
         temporary.unlink(missing_ok=True)
         # Readable for nobody else until it has the target's mode.
