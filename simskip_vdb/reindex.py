@@ -99,8 +99,9 @@ def snapshot(
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise DataError(
-            f"{len(np.unique(twice))} ids stand for several rows each (such as {id_names(twice[:1])[0]}); a row "
-            "could not be restored by its id. Give every row an id of its own and rebuild the index"
+            f"{len(np.unique(twice))} ids stand for several rows each (such as "
+            f"{id_names(twice[:1])[0]}); a row could not be restored by its id. Give every row an "
+            "id of its own and rebuild the index"
         )
     return found
 
