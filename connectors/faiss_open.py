@@ -125,8 +125,8 @@ def _refuse_other_files(path: Path) -> None:
         )
     if head[:3] in (b"IBx", b"IBw", b"IBH", b"IBM", b"IBh"):
         raise UnsupportedIndexError(
-            f"{path}: this is a binary index, whose rows are bits and cannot be refined; give an "
-            "index of the vectors themselves"
+            f"{path}: this is a binary index (FAISS's IndexBinary), whose rows are bits and cannot "
+            "be refined; give an index of the vectors themselves"
         )
 
 

@@ -1,4 +1,4 @@
-"""Row ids of every kind that a format has: text of all types and languages, and negative numbers."""
+"""Row ids of every kind that a format has: text of every type and language, and signed numbers."""
 
 from __future__ import annotations
 
