@@ -14,8 +14,9 @@ def locate(path: Path) -> Path:
     """Return the index file that a path stands for.
 
     A folder stands for the index in it: LangChain's ``index.faiss`` (the pickle beside it is never
-    opened), LlamaIndex's ``default__vector_store.json`` where that is a FAISS binary, or any other
-    single ``.faiss`` file. A path without a file stands for Haystack's ``PATH.faiss``.
+    opened), LangChain.js's ``faiss.index``, txtai's ``embeddings`` beside its ``config``,
+    LlamaIndex's ``default__vector_store.json`` where that is a FAISS binary, or any other single
+    ``.faiss`` file. A path without a file stands for Haystack's ``PATH.faiss``.
 
     Raises:
         ConfigError: The folder holds several indexes.
@@ -27,6 +28,8 @@ def locate(path: Path) -> Path:
     with disk_errors(path):
         named = sorted(path.glob(_LLAMA_INDEX))
         found = sorted(path.glob("*.faiss")) + [file for file in named if not _is_text(file)]
+    found += [path / "faiss.index"]
+    found += [path / "embeddings"] if (path / "config").is_file() else []
     found = [file for file in found if file.is_file()]
     if len(found) == 1:
         return found[0]

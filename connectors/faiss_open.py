@@ -20,7 +20,7 @@ import faiss
 
 from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
-from simskip_vdb.errors import SimskipError, StoreError
+from simskip_vdb.errors import SimskipError, StoreError, UnsupportedIndexError
 from simskip_vdb.overlap import cores
 from simskip_vdb.threads import asleep
 
@@ -80,6 +80,7 @@ def read_mapped(path: Path, trust: Trust) -> Index:
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     is_large = path.stat().st_size >= _SMALL
     if trust is Trust.NONE:
+        _refuse_other_files(path)
         _refuse_huge_counts(path)
     if trust is not Trust.ALL:
         plain = read_limited(path, 0)
@@ -106,6 +107,27 @@ def read_limited(path: Path, flags: int) -> Index:
     index = _read(path, flags | faiss.IO_FLAG_SKIP_IVF_DATA | faiss.IO_FLAG_READ_ONLY)
     attach(index, path)
     return index
+
+
+def _refuse_other_files(path: Path) -> None:
+    """Name what a file is that is whole, but not an index of vectors of numbers.
+
+    Raises:
+        UnsupportedIndexError: It is a binary index.
+        StoreError: Git left a pointer in its place.
+    """
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise StoreError(
+            f"{path}: this is a Git LFS pointer, not the file that it stands for; fetch that "
+            "with: git lfs pull"
+        )
+    if head[:3] in (b"IBx", b"IBw", b"IBH", b"IBM", b"IBh"):
+        raise UnsupportedIndexError(
+            f"{path}: this is a binary index (FAISS's IndexBinary), whose rows are bits and cannot "
+            "be refined; give an index of the vectors themselves"
+        )
 
 
 def _read(path: Path, flags: int) -> Index:

@@ -214,7 +214,8 @@ class FaissStore:
                 )
             distances, ids = self._searcher(k).search(array, k)
         similarity = self._layout.root.metric_type == faiss.METRIC_INNER_PRODUCT
-        scores = np.where(ids < 0, -np.inf, distances if similarity else -distances)
+        # Ids may be any 64 bits, such as hashes; -1 alone is FAISS's word for no row.
+        scores = np.where(ids == -1, -np.inf, distances if similarity else -distances)
         return Neighbors(ids=ids, scores=scores.astype(np.float32))
 
     def replace(self, batches: Iterable[VectorBatch], check: Check) -> None:
@@ -305,6 +306,11 @@ class FaissStore:
             self._flat = FlatFile.find(path)
         with faiss_call(path, "this is not a FAISS index that can be read"):
             root = read_mapped(path, trust if self._flat is None else Trust.ALL)
+            if not root.is_trained and not root.ntotal:
+                raise UnsupportedIndexError(
+                    f"{path}: this index is not trained and has no rows; train it, add rows, and "
+                    "save it again"
+                )
             self._layout: Layout = take_apart(root, self._uri)
             self._lists: ListFile | None = list_file(root, path)
         self._fast: Index = None

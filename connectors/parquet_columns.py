@@ -126,7 +126,8 @@ class Columns:
 
     def _read_ids(self) -> Ids:
         kind = self.file.schema_arrow.field(self.key).type
-        if not (pa.types.is_integer(kind) or pa.types.is_string(kind)):
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not (pa.types.is_integer(plain) or _is_text(plain)):
             raise UnsupportedIndexError(
                 f"{self._uri}: the column '{self.key}' holds {kind}; ids are integers or text"
             )
@@ -134,15 +135,35 @@ class Columns:
             column = self.file.read(columns=[self.key])[self.key]
         if column.null_count:
             raise DataError(f"{self._uri}: {column.null_count:,} rows have no '{self.key}'")
-        if pa.types.is_integer(kind):
-            with reading(self._uri):
-                return np.asarray(column.cast(pa.int64()).to_numpy())
-        if len(column) and pc.max(pc.binary_length(column)).as_py() > ID_TEXT.itemsize:
+        if pa.types.is_integer(plain):
+            try:
+                return np.asarray(column.cast(plain).cast(pa.int64()).to_numpy())
+            except pa.ArrowInvalid:
+                raise UnsupportedIndexError(
+                    f"{self._uri}: '{self.key}' holds integers of 2⁶³ or more; write them as text"
+                ) from None
+        return self._texts(column.cast(plain).cast(pa.large_binary()))
+
+    def _texts(self, column: Any) -> Ids:  # noqa: ANN401 pyarrow
+        """Return ids that are text, given as bytes."""
+        if not len(column):
+            return np.empty(0, ID_TEXT)
+        lengths = pc.binary_length(column)
+        if pc.max(lengths).as_py() > ID_TEXT.itemsize:
             raise UnsupportedIndexError(
                 f"{self._uri}: '{self.key}' holds texts of over {ID_TEXT.itemsize} bytes; ids are "
                 "no longer than that"
             )
-        return np.asarray([text.encode() for text in column.to_pylist()], ID_TEXT)
+        if not pc.min(lengths).as_py():
+            raise DataError(f"{self._uri}: a row's '{self.key}' is an empty text; give it an id")
+        texts = column.to_pylist()
+        for text in texts:
+            if b"\0" in text or not _is_utf8(text):
+                raise UnsupportedIndexError(
+                    f"{self._uri}: the '{self.key}' {text!r} is not text in UTF-8 without zero "
+                    "bytes; ids are integers or text"
+                )
+        return np.array(texts, ID_TEXT)
 
     def _find_dim(self) -> int:
         kind = self.file.schema_arrow.field(self.vector).type
@@ -159,6 +180,19 @@ class Columns:
         with reading(self._uri):
             batch = next(self.file.iter_batches(1, columns=[self.vector]))
         return len(batch.column(0)[0].as_py() or [])
+
+
+def _is_text(kind: Any) -> bool:  # noqa: ANN401 pyarrow
+    view = pa.types.is_string_view(kind) if hasattr(pa.types, "is_string_view") else False
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or view)
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def read_columns(path: Path, uri: str, key: str, vector: str) -> Columns:

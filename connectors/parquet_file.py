@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, quote
 
 import numpy as np
 
+from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrite
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
 from simskip_vdb.connectors.swap import (
@@ -192,7 +193,8 @@ class ParquetFile:
             take_mode_and_owner(temporary, self._path)
             keep_as(self._path, keep, expected)
             unchanged(self._path, self._identity)
-            swap_in(temporary, self._path)
+            with checksum_follows(self._path, temporary):
+                swap_in(temporary, self._path)
             self.reopen()
             confirm(self._path)
 
@@ -215,7 +217,8 @@ class ParquetFile:
             copy_durably(kept, temporary)
             take_mode_and_owner(temporary, self._path)
             unchanged(self._path, self._identity, expected)
-            swap_in(temporary, self._path)
+            with checksum_follows(self._path, temporary):
+                swap_in(temporary, self._path)
             self.reopen()
             confirm(self._path)
 
@@ -223,6 +226,7 @@ class ParquetFile:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
         if not self._read_only:
             sweep(self._path)
+            heal_checksum(self._path)
 
     @property
     def _uri(self) -> str:

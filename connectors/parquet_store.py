@@ -19,7 +19,7 @@ from simskip_vdb.connectors.parquet_file import (
 )
 from simskip_vdb.connectors.part_notes import refuse_part, refuse_refined
 from simskip_vdb.connectors.parted import Parted, check_alike
-from simskip_vdb.datatypes import Metric, StoreInfo
+from simskip_vdb.datatypes import Metric, StoreInfo, id_names
 from simskip_vdb.durable import disk_errors
 from simskip_vdb.errors import ConfigError, DataError, StoreNotFoundError, UnsupportedIndexError
 
@@ -151,8 +151,8 @@ def _check(stores: Sequence[ParquetFile], uri: str) -> tuple[str, ...]:
     twice = ids[1:][ids[1:] == ids[:-1]]
     if len(twice):
         raise DataError(
-            f"{uri}: {len(np.unique(twice)):,} ids (such as {twice[0]}) stand for several rows; "
-            "every row needs an id of its own"
+            f"{uri}: {len(np.unique(twice)):,} ids (such as {id_names(twice[:1])[0]}) stand for "
+            "several rows; every row needs an id of its own"
         )
     shared = set.intersection(*(set(store.payload) for store in stores))
     return tuple(name for name in stores[0].payload if name in shared)

@@ -114,7 +114,7 @@ class Parted:
                 found = part.store.search(array, k, params)
             except ConfigError as error:
                 raise ConfigError(f"{self._uri}: {error}") from error
-            moved = found.ids if not shift else np.where(found.ids < 0, -1, found.ids + shift)
+            moved = found.ids if not shift else np.where(found.ids == -1, -1, found.ids + shift)
             ids.append(moved)
             scores.append(found.scores)
         together = np.concatenate(scores, axis=1)  # (q, parts * k)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from qdrant_client import models
 
+from simskip_vdb.by_vector import near
 from simskip_vdb.connectors.qdrant_calls import Calls
 from simskip_vdb.connectors.qdrant_layout import Layout, vectors_of
 from simskip_vdb.connectors.qdrant_marker import CLAIM
@@ -194,7 +195,7 @@ def _bring_over(
     source: str,
     target: str,
     size: int,
-    others: Mapping[str, float],
+    others: Mapping[str, _Rounded],
     progress: Progress,
 ) -> None:
     """Copy points that the copy lacks or has otherwise, and remove those that are gone."""
@@ -213,7 +214,7 @@ def _difference(
     source: str,
     target: str,
     size: int,
-    others: Mapping[str, float],
+    others: Mapping[str, _Rounded],
     progress: Progress,
 ) -> object:
     """Return the id of a point that differs; None where none does."""
@@ -228,7 +229,7 @@ def _unequal(
     calls: Calls,
     names: tuple[str, str],
     size: int,
-    others: Mapping[str, float],
+    others: Mapping[str, _Rounded],
     stage: str,
     progress: Progress,
 ) -> Iterator[list[models.Record]]:
@@ -267,16 +268,26 @@ def _held(
     return {record.id: record for record in found}
 
 
-def _others(found: models.CollectionInfo, layout: Layout) -> Mapping[str, float]:
-    """Return within what relative distance each other dense vector is read back."""
+class _Rounded(NamedTuple):
+    """Within what relative distance a vector is read back, and whether only as a direction."""
+
+    rounding: float
+    directions: bool
+
+
+def _others(found: models.CollectionInfo, layout: Layout) -> Mapping[str, _Rounded]:
+    """Return how each other dense vector is read back."""
     return {
-        name: F16_ROUNDING if params.datatype is models.Datatype.FLOAT16 else F32_ROUNDING
+        name: _Rounded(
+            F16_ROUNDING if params.datatype is models.Datatype.FLOAT16 else F32_ROUNDING,
+            params.distance is models.Distance.COSINE,
+        )
         for name, params in vectors_of(found).items()
         if name != layout.name
     }
 
 
-def _same(one: models.Record, other: models.Record, others: Mapping[str, float]) -> bool:
+def _same(one: models.Record, other: models.Record, others: Mapping[str, _Rounded]) -> bool:
     if (one.payload or {}) != (other.payload or {}):
         return False
     left, right = _by_name(one.vector), _by_name(other.vector)
@@ -289,12 +300,11 @@ def _same(one: models.Record, other: models.Record, others: Mapping[str, float])
     )
 
 
-def _close(one: Any, other: Any, rounding: float) -> bool:  # noqa: ANN401 lists of numbers
-    left, right = np.asarray(one, np.float64), np.asarray(other, np.float64)
+def _close(one: Any, other: Any, rounded: _Rounded) -> bool:  # noqa: ANN401 lists of numbers
+    left, right = np.atleast_2d(np.asarray(one)), np.atleast_2d(np.asarray(other))
     if left.shape != right.shape:
         return False
-    # A cosine vector may have been normalised once more.
-    return float(np.linalg.norm(left - right)) <= rounding * float(np.linalg.norm(left))
+    return bool(near(right, left, rounded.rounding, directions=rounded.directions).all())
 
 
 def _pages(

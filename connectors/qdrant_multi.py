@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from qdrant_client import models
 
+from simskip_vdb.by_vector import near
 from simskip_vdb.connectors.multi_rows import Held, Point
 from simskip_vdb.connectors.qdrant_points import to_ids
 from simskip_vdb.connectors.qdrant_read import Reader
-from simskip_vdb.connectors.qdrant_records import rows_hold, value_at, vector_of
+from simskip_vdb.connectors.qdrant_records import as_compared, value_at, vector_of
 from simskip_vdb.connectors.qdrant_update import guard_filter
 from simskip_vdb.datatypes import Mask, Metric, VectorBatch, Vectors
 from simskip_vdb.errors import StoreNotFoundError
@@ -79,12 +80,12 @@ class ClientPoints:
         if tries == 1 or not layout.wait:  # without waiting, nothing can be seen yet
             return np.ones(len(before), np.bool_)
         held = {point.id: point.vectors for point in self.read(names)}
-        unit = layout.metric is Metric.COSINE
+        cosine = layout.metric is Metric.COSINE
         return np.array(
             [
                 name in held
                 and held[name].shape == vectors.shape
-                and bool(rows_hold(held[name], vectors, layout.rounding, unit=unit).all())
+                and bool(near(held[name], vectors, layout.rounding, directions=cosine).all())
                 for name, vectors in zip(names, new, strict=True)
             ],
             np.bool_,
@@ -113,15 +114,15 @@ class ClientPoints:
         )
 
     def _held(self, records: Sequence[models.Record], fields: Sequence[str]) -> list[Held]:
-        name = self.reader.layout.name
+        layout = self.reader.layout
         return [
             Held(
                 record.id if isinstance(record.id, int) else str(record.id),
-                np.array(vectors, np.float32),
+                as_compared(np.array(vectors, np.float32), layout),
                 {field: value_at(record.payload or {}, field) for field in fields},
             )
             for record in records
-            if (vectors := vector_of(record, name))
+            if (vectors := vector_of(record, layout.name))
         ]
 
 

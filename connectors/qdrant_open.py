@@ -12,6 +12,7 @@ import platformdirs
 from qdrant_client import QdrantClient
 
 from simskip_vdb.connectors.qdrant_calls import translated
+from simskip_vdb.connectors.qdrant_pickles import refuse_code
 from simskip_vdb.connectors.qdrant_points import parse_address
 from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError
 
@@ -49,6 +50,7 @@ def open_address(uri: str) -> Target:
     Raises:
         ConfigError: The address makes no sense.
         StoreNotFoundError: The local folder does not exist.
+        UnsupportedIndexError: Loading the local folder's points would run code.
         StoreError: The local folder cannot be opened, or is in use.
     """
     scheme = uri.partition(":")[0]
@@ -153,6 +155,7 @@ def _local(place: str) -> QdrantClient:
         raise StoreNotFoundError(
             f"{LOCAL}:{place}: there is no folder of Qdrant's local mode (it holds a meta.json)"
         )
+    refuse_code(Path(place), f"{LOCAL}:{place}")
     try:
         return QdrantClient(path=place)
     except RuntimeError as error:

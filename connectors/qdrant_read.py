@@ -98,7 +98,7 @@ class Reader:
         layout = self.layout
         for records, after in pages:
             end = END if after is None else str(after)
-            batch = to_batch(records, layout.name, layout.dim, fields, cursor=end)
+            batch = to_batch(records, layout, fields, cursor=end)
             if len(batch):
                 yield batch
 
@@ -106,7 +106,7 @@ class Reader:
         """Return those of these rows that are there, in the order asked."""
         layout = self.layout
         records = self.records(to_points(ids), fields)
-        found = to_batch(records, layout.name, layout.dim, fields, fill=self.fill)
+        found = to_batch(records, layout, fields, fill=self.fill)
         place = find_ids(found.ids, ids)
         return take_rows(found, place[place >= 0])
 

@@ -10,16 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 from qdrant_client import models
 
+from simskip_vdb.by_vector import unit
+from simskip_vdb.connectors.qdrant_layout import Layout
 from simskip_vdb.connectors.qdrant_points import to_ids
-from simskip_vdb.datatypes import ID_TEXT, Cursor, Ids, Positions, VectorBatch, Vectors
+from simskip_vdb.datatypes import ID_TEXT, Cursor, Ids, Metric, Positions, VectorBatch, Vectors
 
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def to_batch(
     records: Sequence[models.Record],
-    name: str,
-    dim: int,
+    layout: Layout,
     fields: Sequence[str],
     *,
     fill: bool = False,
@@ -29,19 +30,19 @@ def to_batch(
 
     Args:
         records: As the client returns them.
-        name: The vector's name; empty for the unnamed one.
-        dim: Its dimension.
+        layout: The vector.
         fields: Payload columns.
         fill: Keep records that have no such vector, with NaN in its place.
         cursor: The batch's cursor.
     """
-    missing = [float("nan")] * dim if fill else None
-    vectors = [vector_of(record, name) or missing for record in records]
+    missing = [float("nan")] * layout.dim if fill else None
+    vectors = [vector_of(record, layout.name) or missing for record in records]
     kept = [i for i, vector in enumerate(vectors) if vector is not None]
     payloads = [records[i].payload or {} for i in kept] if fields else []
+    found = np.array([vectors[i] for i in kept], np.float32).reshape(-1, layout.dim)
     return VectorBatch(
         ids=to_ids(records[i].id for i in kept),
-        vectors=np.array([vectors[i] for i in kept], np.float32).reshape(-1, dim),
+        vectors=as_compared(found, layout),
         fields={field: [value_at(payload, field) for payload in payloads] for field in fields},
         cursor=cursor,
     )
@@ -94,27 +95,20 @@ def scan_keys(ids: Ids) -> NDArray[Any]:
     return np.where(numbers, np.char.add(b"0", padded), np.char.add(b"1", text))
 
 
-def rows_hold(now: Vectors, wanted: Vectors, rounding: float, *, unit: bool) -> NDArray[np.bool_]:
-    """Tell which rows hold the wanted vectors within rounding, shape (n,).
+def as_compared(vectors: Vectors, layout: Layout) -> Vectors:
+    """Return vectors as the engine compares them, shape (n, d), where it was given others.
 
-    Args:
-        now: What was read, shape (n, d).
-        wanted: What was written, shape (n, d).
-        rounding: Relative L2 distance that is allowed.
-        unit: Compare directions only, as the store normalises.
+    Under cosine it keeps directions only, and any vector that is written comes back with length 1.
+    The client's local mode shows one as it was given, of whatever length, until the first search.
     """
-    left, right = now.astype(np.float64), wanted.astype(np.float64)
-    if unit:
-        left, right = _unit(left), _unit(right)
-    scale = np.linalg.norm(right, axis=1)
-    held: NDArray[np.bool_] = np.linalg.norm(left - right, axis=1) <= rounding * scale
-    return held
-
-
-def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    unit: NDArray[np.float64] = rows / np.where(norms > 0, norms, 1)
-    return unit
+    if layout.metric is not Metric.COSINE or not vectors.size:
+        return vectors
+    with np.errstate(invalid="ignore", over="ignore"):
+        lengths = np.linalg.norm(vectors, axis=1)
+        # A vector that the engine did normalise keeps its last digits.
+        other = np.isfinite(lengths) & (np.abs(lengths - 1) > layout.rounding / 4)
+    vectors[other] = unit(vectors[other])
+    return vectors
 
 
 def vector_of(record: models.Record, name: str) -> Any:  # noqa: ANN401 the client's unions

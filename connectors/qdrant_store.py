@@ -21,6 +21,7 @@ from simskip_vdb.connectors.qdrant_layout import need_version, vectors_of
 from simskip_vdb.connectors.qdrant_marker import (
     read_claim,
     read_metadata,
+    refuse_older,
     write_claim,
     write_metadata,
 )
@@ -109,23 +110,28 @@ class QdrantStore(QdrantRows):
 
     def claimed(self) -> Mapping[str, Any] | None:
         """Return who writes this collection; see `Claimable.claimed`."""
-        if self._version < _METADATA:
+        if not self._keeps_claims:
             return None
         return read_claim(self._calls, self._claimed or self._collection)
 
     def claim(self, note: Mapping[str, Any] | None) -> None:
         """Say who writes this collection; see `Claimable.claim`. Before 1.16 there is no room."""
         self._writable()
-        if self._version >= _METADATA:
+        if self._keeps_claims:
             # The alias may lead elsewhere when the claim is dropped.
             write_claim(self._calls, self._claimed or self._collection, note)
             self._claimed = "" if note is None else self._claimed or self._collection
 
+    @property
+    def _keeps_claims(self) -> bool:
+        # A folder of local mode is open to one process at a time.
+        return self._version >= _METADATA and not self._local
+
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note; see `Marked.mark`.
 
-        It lives in the collection's metadata, or in the state folder where the server is older
-        than 1.16. Two vectors of a collection have a note each.
+        It lives in the collection's metadata, in its folder in local mode, or in the state folder
+        where the server is older than 1.16. Two vectors of a collection have a note each.
         """
         self._writable()
         if self._version >= _METADATA:
@@ -153,6 +159,7 @@ class QdrantStore(QdrantRows):
                 raise ConfigError(f"{self._uri}: there is no vector '{name}'")
             self._writable()
             need_version(self._version, _NEW_VECTOR, "adding a vector", self._uri)
+            refuse_older(self._calls)
             create_vector(self._calls, self._collection, name, own)
         elif _space(vectors[name]) != _space(own):
             raise ConfigError(
@@ -191,6 +198,7 @@ class QdrantStore(QdrantRows):
         """
         self._writable()
         need_version(self._version, _METADATA, "copying a collection", self._uri)
+        refuse_older(self._calls)
         copy_collection(self._calls, self._collection, name, self._layout, progress)
         return self._sibling(name, self._layout.name, fill=False)
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from qdrant_client import models
 
+from simskip_vdb.by_vector import near
 from simskip_vdb.connectors.qdrant_calls import Calls
 from simskip_vdb.connectors.qdrant_layout import Layout
 from simskip_vdb.connectors.qdrant_points import to_points
-from simskip_vdb.connectors.qdrant_records import find_ids, json_path, rows_hold, take_rows
+from simskip_vdb.connectors.qdrant_records import find_ids, json_path, take_rows
 from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors
 from simskip_vdb.errors import DataError, StoreNotFoundError
 from simskip_vdb.store import Allowed
@@ -133,9 +134,8 @@ class Writer:
         place = find_ids(ids, now.ids)
         layout = self.layout
         held = np.zeros(len(ids), np.bool_)
-        held[place] = rows_hold(
-            now.vectors, vectors[place], layout.rounding, unit=layout.metric is Metric.COSINE
-        )
+        cosine = layout.metric is Metric.COSINE
+        held[place] = near(now.vectors, vectors[place], layout.rounding, directions=cosine)
         return held
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from simskip_vdb.connectors.attributes import take_attributes
 from simskip_vdb.durable import disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
 
@@ -34,6 +35,11 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def leftovers(target: Path) -> list[Path]:
+    """Return the files that `staged` made beside a file for runs that were killed."""
+    return sorted(target.parent.glob(glob.escape(f".{target.name}.{NEW}") + "*"))
+
+
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Make a private, empty file beside `target`, of a name of its own, and leave none behind."""
@@ -54,17 +60,16 @@ def sweep(target: Path) -> None:
     Raises:
         StoreError: The folder cannot be written.
     """
-    pattern = glob.escape(f".{target.name}.{NEW}") + "*"
     with disk_errors(target):
-        for leftover in target.parent.glob(pattern):
+        for leftover in leftovers(target):
             leftover.unlink()
 
 
 def take_mode_and_owner(temporary: Path, target: Path) -> None:
-    """Give the staged file the mode and the owner of the file that it will replace.
+    """Give the staged file mode, owner and extended attributes of the file that it will replace.
 
     Raises:
-        StoreError: This user may not give files to that owner.
+        StoreError: This user may not give files to that owner, or set such an attribute.
     """
     with disk_errors(target):
         wanted, found = target.stat(), temporary.stat()
@@ -78,6 +83,7 @@ def take_mode_and_owner(temporary: Path, target: Path) -> None:
                     "written now would not; nothing was changed. Run as its owner"
                 ) from error
         temporary.chmod(stat.S_IMODE(wanted.st_mode))
+    take_attributes(temporary, target)
 
 
 def unchanged(path: Path, identity: Identity, expected: str | None = None) -> None:

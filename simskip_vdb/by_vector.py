@@ -13,6 +13,7 @@ LAST_DIGITS = 1e-6  # relative L2 distance of one vector that is normalised over
 SAME = 2e-3  # relative L2 distance that half precision and renormalising stay within
 _COMPUTED = 2e-6  # relative L2 distance of one vector that two kinds of machine computed
 _KEYS, _AT_ONCE = 4, 256
+_SKETCH = 8
 AMBIGUOUS = (
     "rows were removed or reordered, ids of this index are positions, and some rows with equal "
     "vectors now had different originals: which is whose cannot be told. Restore the index from a "
@@ -66,8 +67,9 @@ class ByVector:
         digests = row_digests(vectors)
         if np.isin(digests, self.ambiguous).any():
             raise JournalError(AMBIGUOUS)
-        found = self._lookup.find(digests)
-        places = np.asarray(np.where(found >= 0, self._places[found], -1))
+        places = self._lookup.find(digests)
+        there = places >= 0
+        places[there] = self._places[places[there]]
         if self._alike is not None and (places < 0).any():
             places[places < 0] = self._alike.find(vectors[places < 0])
         return places
@@ -127,12 +129,54 @@ class Alike:
         return out
 
 
-def near(a: Vectors, b: Vectors, tolerance: float) -> Mask:
-    """Tell rows within a relative L2 distance; rows that are not finite count as near."""
+def near(a: Vectors, b: Vectors, tolerance: float, *, directions: bool = False) -> Mask:
+    """Tell rows within a relative L2 distance; rows that are not finite count as near.
+
+    All that an engine may change of a vector is told here. `StoreInfo.rounding` is how far; what a
+    store reads has the length that its engine gives vectors, so lengths count.
+
+    Args:
+        a: What is there, shape (n, d).
+        b: What is expected, shape (n, d).
+        tolerance: Largest distance, relative to the length of `b`.
+        directions: Leave lengths aside: one of the two did not come from the engine.
+    """
+    if directions:
+        a, b = unit(a), unit(b)
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.linalg.norm(a - b, axis=1)
         limit = tolerance * np.linalg.norm(b, axis=1)
         return np.asarray((distance <= limit) | ~np.isfinite(limit))
+
+
+def sketch(vectors: Vectors) -> Vectors:
+    """Return a few projections of every vector, shape (n, 8), float32, to know it again by."""
+    directions = np.random.default_rng(1).normal(size=(vectors.shape[1], _SKETCH))
+    directions /= np.linalg.norm(directions, axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.asarray(vectors @ directions.astype(np.float32), np.float32)
+
+
+def near_sketch(vectors: Vectors, then: Vectors, tolerance: float) -> Mask:
+    """Tell rows that may be within a relative L2 distance of the vectors behind sketches, (n,).
+
+    Those that are within it, are told so; of others, one in some thousands that is some ten times
+    as far away, and none that is far.
+
+    Args:
+        vectors: Shape (n, d).
+        then: What `sketch` returned, shape (n, 8).
+        tolerance: Relative to the length of a vector.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        slack = (tolerance + LAST_DIGITS) * np.linalg.norm(vectors, axis=1, keepdims=True)
+        return np.asarray((np.abs(sketch(vectors) - then) <= slack).all(axis=1))
+
+
+def unit(vectors: Vectors) -> Vectors:
+    """Return vectors of length 1 in the same directions, shape (n, d); zero stays zero."""
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    return np.asarray(vectors / np.where(lengths > 0, lengths, 1), np.float32)
 
 
 def ramps(sizes: Positions) -> Positions:

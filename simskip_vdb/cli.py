@@ -29,6 +29,7 @@ Exit codes:
   2    wrong usage; nothing was touched
   3    the gate refused; nothing was written
   4    stopped part-way; the same command resumes
+  5    the gate let it pass, but no row was written; the index is as it was
   130  interrupted; the same command resumes"""
 
 SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.float32]
 """Row vectors, shape (n, d)."""
 Ids = NDArray[Any]
-"""Row ids, shape (n,): int64 in FAISS; in Qdrant text, dtype S44."""
+"""Row ids, shape (n,): int64 in FAISS; in Qdrant text, dtype S44; in Parquet either."""
 ID_TEXT = np.dtype("S44")
-"""Row ids that are text: a number or a UUID, and behind ``#`` which vector of several it is."""
+"""Row ids that are text, in UTF-8: in Qdrant a number or a UUID, and behind ``#`` which vector of
+several it is."""
 Mask = NDArray[np.bool_]
 """A choice among rows, shape (n,)."""
 Cursor = int | str
@@ -30,7 +31,9 @@ Progress = Callable[[str, int, int], None]
 
 def id_names(ids: Ids) -> list[str]:
     """Return row ids as a person writes them."""
-    return [str(i) for i in (ids.astype("U") if ids.dtype.kind == "S" else ids).tolist()]
+    if ids.dtype.kind == "S":
+        return [i.decode("utf-8", "replace") for i in ids.tolist()]
+    return [str(i) for i in ids.tolist()]
 
 
 def silent(stage: str, done: int, total: int) -> None:

@@ -9,6 +9,7 @@
     │ ├ UnsupportedIndexError                 why not, and what would make it possible
     │ ├ StoreChangedError                     somebody else wrote to it meanwhile
     │ ├ VerificationError                     what was read back is not what was written
+    │ ├ NothingWrittenError             5     what was proven is in no row of the index
     │ └ TransientStoreError             4     retries exhausted; the same command resumes
     ├ FitError                            1   the loss is not finite
     ├ JournalError                        1   the state on disk does not match this index
@@ -73,6 +74,12 @@ class StoreChangedError(StoreError):
 
 class VerificationError(StoreError):
     """What was read back is not what was written."""
+
+
+class NothingWrittenError(StoreError):
+    """A refinement that the gate let through reached no row; the index is as it was."""
+
+    exit_code = 5
 
 
 class TransientStoreError(StoreError):

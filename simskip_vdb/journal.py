@@ -39,7 +39,7 @@ from glob import glob
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,7 +60,14 @@ from simskip_vdb.manifest import (
     ref_from,
 )
 from simskip_vdb.overlap import behind
-from simskip_vdb.rows import Digests, Rows, fingerprint_of, ids_from_arrow, ids_to_arrow
+from simskip_vdb.rows import (
+    Digests,
+    Rows,
+    fingerprint_of,
+    ids_from_arrow,
+    ids_to_arrow,
+    row_digests,
+)
 from simskip_vdb.store import Marked, VectorStore
 
 __all__ = [
@@ -86,6 +93,26 @@ OURS = re.compile(
 """Names of files that may be deleted; a state folder may be one that holds other things."""
 
 
+class Known(NamedTuple):
+    """The rows that a refiner knows.
+
+    Attributes:
+        ids: Shape (n,).
+        digests: Of their originals, shape (n,).
+        sketches: Of their originals, shape (n, 8); None where digests tell.
+    """
+
+    ids: Ids
+    digests: Digests
+    sketches: Vectors | None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all of it."""
+        rows = self.digests if self.sketches is None else self.digests ^ row_digests(self.sketches)
+        return fingerprint_of(self.ids, rows)
+
+
 class Journal:
     """The state of one index; open it as a context manager to hold its lock.
 
@@ -106,7 +133,7 @@ class Journal:
         self._held: list[Claim | StoreClaim] = []
         self._stack = ExitStack()
         self.scanned: FileRef | None = None
-        self._known: dict[str, tuple[tuple[int, ...], tuple[Ids, Digests]]] = {}
+        self._known: dict[str, tuple[tuple[int, ...], Known]] = {}
         self._sound: dict[str, tuple[int, ...]] = {}
         self._sure = True  # that the manifest on disk is the one in memory
         self.other, self._undoes = "", False
@@ -408,24 +435,32 @@ class Journal:
         held = [part for part in found if len(part[0])] or found[:1]
         return np.concatenate([ids for ids, _ in held]), np.concatenate([d for _, d in held])
 
-    def save_known(self, refiner: str, ids: Ids, digests: Digests) -> None:
+    def save_known(
+        self, refiner: str, ids: Ids, digests: Digests, sketches: Vectors | None = None
+    ) -> None:
         """Record which rows a refiner knows, and by which original: others arrived after its fit.
 
         Args:
             refiner: Its id; its folder exists.
             ids: Shape (n,).
             digests: Of the originals, shape (n,).
+            sketches: Of the originals (`by_vector.sketch`), where digits of what is read vary.
         """
         import pyarrow as pa
 
-        batch = pa.record_batch([ids_to_arrow(ids), pa.array(digests)], ["id", "digest"])
-        batch = batch.replace_schema_metadata({"fingerprint": fingerprint_of(ids, digests)})
+        known = Known(ids, digests, sketches)
+        columns = {"id": ids_to_arrow(ids), "digest": pa.array(digests)}
+        if sketches is not None:
+            flat = pa.array(sketches.ravel())
+            columns["sketch"] = pa.FixedSizeListArray.from_arrays(flat, sketches.shape[1])
+        batch = pa.record_batch(list(columns.values()), list(columns))
+        batch = batch.replace_schema_metadata({"fingerprint": known.fingerprint})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
         write_durably(self.refiners / refiner / KNOWN, sink.getvalue())
 
-    def known(self, refiner: str) -> tuple[Ids, Digests] | None:
+    def known(self, refiner: str) -> Known | None:
         """Return what `save_known` was given; None where it never was.
 
         Raises:
@@ -442,15 +477,19 @@ class Journal:
         try:
             with pa.OSFile(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
-            ids, digests = ids_from_arrow(table["id"]), table["digest"].to_numpy()
-            if table.schema.metadata[b"fingerprint"].decode() != fingerprint_of(ids, digests):
+            sketches = None
+            if "sketch" in table.column_names:
+                flat = table["sketch"].combine_chunks().flatten().to_numpy()
+                sketches = flat.reshape(len(table), -1)
+            known = Known(ids_from_arrow(table["id"]), table["digest"].to_numpy(), sketches)
+            if table.schema.metadata[b"fingerprint"].decode() != known.fingerprint:
                 raise ValueError("its checksum differs")
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise JournalError(
                 f"{path} is damaged ({error}); restore the state folder from a backup"
             ) from error
-        self._known[refiner] = seen, (ids, digests)
-        return ids, digests
+        self._known[refiner] = seen, known
+        return known
 
     def forget_kept(self) -> list[str]:
         """Let go of what no rollback needs any more; return what was removed.

@@ -19,7 +19,7 @@ _LAST_SUCCESS = "simskip_last_success_timestamp_seconds"
 _FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "simskip_last_run_timestamp_seconds": ("When the job last ran.", ()),
     _LAST_SUCCESS: ("When it last ended with exit code 0 or 3.", ()),
-    "simskip_exit_code": ("How it ended: 0 done, 1 failed, 3 refused, 4 stopped.", ()),
+    "simskip_exit_code": ("How it ended: 0 done, 1 failed, 3 refused, 4 stopped, 5 no row.", ()),
     "simskip_rows": ("Rows of the index.", ()),
     "simskip_rows_new": ("Rows that were not there the night before.", ()),
     "simskip_rows_changed": ("Rows that the application changed.", ()),

@@ -202,13 +202,13 @@ def _refine_new(space: Workspace, current: Refiner, progress: Progress) -> Repor
 
 
 def _forget_changed(space: Workspace, current: Refiner) -> None:
-    """Let rows that got another vector count as late where their digest cannot tell for good."""
+    """Let rows that got another vector count as late where an earlier version kept no sketches."""
     known = space.journal.known(current.id)
-    if known is None or space.info.exact:
+    if known is None or known.sketches is not None or space.info.exact:
         return
-    kept = ~np.isin(known[0], space.rows.ids[~space.found.ours])
+    kept = ~np.isin(known.ids, space.rows.ids[~space.found.ours])
     if not kept.all():
-        space.journal.save_known(current.id, known[0][kept], known[1][kept])
+        space.journal.save_known(current.id, known.ids[kept], known.digests[kept])
 
 
 def _plan(space: Workspace, journal: Journal, judgments: Judgments, refit: Refit) -> Plan:

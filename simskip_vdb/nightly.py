@@ -31,7 +31,7 @@ from simskip_vdb.workspace import state_folder
 
 log = logging.getLogger(__name__)
 
-SEVERITY = (0, 3, 4, 2, 1)
+SEVERITY = (0, 3, 4, 2, 5, 1)
 """Exit codes of jobs, the mildest first; a night ends with the worst."""
 REFUSED = ("refused", "kept", "restored")
 CLOSED, STEPPED_ASIDE = "outside its window", "stepped aside"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors
-from simskip_vdb.errors import ConfigError, VerificationError
+from simskip_vdb.errors import ConfigError, NothingWrittenError, VerificationError
 from simskip_vdb.overlap import ahead
 from simskip_vdb.provenance import SCAN_ROWS, Lookup, Resemblance, near
 from simskip_vdb.rows import Digests, Rows, row_digests
@@ -70,6 +70,27 @@ class RolledBack:
 def nothing_to_undo(store: VectorStore) -> ConfigError:
     """Return the error that says so."""
     return ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
+
+
+def refuse_nothing(uri: str, written: Written) -> None:
+    """Make sure that a write left its vectors in some row.
+
+    Raises:
+        NothingWrittenError: It left none.
+    """
+    if written.rows:
+        return
+    why = (
+        f"{written.theirs:,} rows were changed and {written.gone:,} removed while it went on; run "
+        "the same command again when nobody else writes"
+        if written.theirs or written.gone
+        else "this refiner moves none of the rows that are there: they came after its fit, or are "
+        "zero; fit again"
+    )
+    raise NothingWrittenError(
+        f"{uri}: the refinement reached no row, so nothing is claimed of it, and the index is as "
+        f"it was. {why}"
+    )
 
 
 class Outgoing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import ID_TEXT, Ids, Vectors, id_names
+from simskip_vdb.datatypes import Ids, Vectors, id_names
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
 
 HIGHEST_GRADE = 1000
@@ -37,9 +36,6 @@ class Qrels:
     query_ids: list[str]
     doc_ids: list[str]
     grades: NDArray[np.int32]
-
-
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,7 +112,7 @@ def read_row_column(path: Path) -> RowColumn:
         return RowColumn(source=str(path), values=values)
     pairs = [line.split("\t") for line in values]
     _check_widths(path, pairs, 0, 2, "index_id<TAB>value")
-    ids = _index_ids(path, [pair[0].strip() for pair in pairs])
+    ids = _index_ids([pair[0].strip() for pair in pairs])
     unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
     if len(unique) < len(ids):
         twice = int(np.flatnonzero(counts > 1)[0])
@@ -211,13 +207,11 @@ def _integers(
         malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
 
 
-def _index_ids(path: Path, texts: Sequence[str]) -> Ids:
-    """Return index ids as integers; as text where there are UUIDs or numbers above 2⁶³."""
-    if any(
-        _UUID.fullmatch(text) or (text.isdigit() and 2**63 <= int(text) < 2**64) for text in texts
-    ):
-        return np.array(texts, ID_TEXT)
-    return _integers(path, texts, 0, "index id", np.int64)
+def _index_ids(texts: Sequence[str]) -> Ids:
+    """Return index ids as integers; as text where one is no integer as an index writes it."""
+    if all(_fits(text, np.int64) and str(int(text)) == text for text in texts):
+        return np.array([int(text) for text in texts], np.int64)
+    return np.array([text.encode() for text in texts])
 
 
 def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:

@@ -277,12 +277,27 @@ def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
 def _as_ids(column: RowColumn, dtype: np.dtype[Any]) -> Ids:
     """Return the ids that values belong to as the index has them: numbers, or text."""
     assert column.row_ids is not None
-    if dtype.kind == "S" or column.row_ids.dtype.kind != "S":
-        return column.row_ids.astype(dtype)
-    raise DataError(
-        f"{column.source} names {id_names(column.row_ids[:1])[0]!r} as an index id, but this index "
-        "has integers"
-    )
+    given = column.row_ids
+    if dtype.kind == "S":
+        return given if given.dtype.kind == "S" else given.astype(dtype)
+    if given.dtype.kind != "S":
+        return given.astype(dtype)
+    numbers = np.empty(len(given), np.int64)
+    for line, text in enumerate(id_names(given)):
+        try:
+            numbers[line] = int(text)
+        except (ValueError, OverflowError):
+            raise DataError(
+                f"{column.source}, line {line + 1}: index id {text!r} is not an integer in range, "
+                "and this index has integers; correct or remove the line"
+            ) from None
+    unique, counts = np.unique(numbers, return_counts=True)
+    if len(unique) < len(numbers):
+        raise DataError(
+            f"{column.source}: index id {unique[counts > 1][0]} occurs more than once; correct or "
+            "remove the lines"
+        )
+    return numbers
 
 
 def _numbers(ids: Ids) -> NDArray[np.float64]:

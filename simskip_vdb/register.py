@@ -334,11 +334,14 @@ class WrittenRows:
     def _left_raw(
         self, batch: VectorBatch, originals: Vectors, rows: Positions, places: Positions
     ) -> Mask:
-        """Tell late rows that the write left raw and that are read back with other last digits."""
-        if self._known is None or not len(rows):
-            return np.zeros(len(rows), np.bool_)
-        late = (self._known.find(batch.ids[rows]) < 0) & (self._digests[places] != 0)
-        return np.asarray(late & near(batch.vectors[rows], originals[rows], LAST_DIGITS))
+        """Tell rows that the write left raw and that are read back with other last digits."""
+        if not len(rows):
+            return np.zeros(0, np.bool_)
+        # Of rows left raw, the digest that is recorded is the original's.
+        left = self._digests[places] == row_digests(originals[rows])
+        if self._known is not None:
+            left |= (self._known.find(batch.ids[rows]) < 0) & (self._digests[places] != 0)
+        return np.asarray(left & near(batch.vectors[rows], originals[rows], LAST_DIGITS))
 
     def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
         # Rows that acted as test queries were written as rows that arrive late are.

@@ -10,7 +10,7 @@ import numpy as np
 
 from simskip_vdb import row_by_row, targets, whole_file
 from simskip_vdb.crew import Crew
-from simskip_vdb.datatypes import Progress, silent
+from simskip_vdb.datatypes import Progress, id_names, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal
 from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo
@@ -99,8 +99,9 @@ def snapshot(
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise DataError(
-            f"{len(np.unique(twice))} ids stand for several rows each (such as {twice[0]}); a row "
-            "could not be restored by its id. Give every row an id of its own and rebuild the index"
+            f"{len(np.unique(twice))} ids stand for several rows each (such as "
+            f"{id_names(twice[:1])[0]}); a row could not be restored by its id. Give every row an "
+            "id of its own and rebuild the index"
         )
     return found
 

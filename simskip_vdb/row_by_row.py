@@ -25,7 +25,7 @@ from simskip_vdb.datatypes import (
 )
 from simskip_vdb.errors import StoppedError, TransientStoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
-from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo
+from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo, refuse_nothing
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import Register, WrittenRows, write_of
@@ -79,6 +79,7 @@ def write(
     Raises:
         ConfigError: The store does not know this mode.
         VerificationError: The store does not hold what was written; it was restored.
+        NothingWrittenError: No row holds what was written; the store is as it was.
         TransientStoreError: The store kept failing; the same command resumes.
         StoppedError: From `progress`; the same command resumes.
     """
@@ -119,6 +120,7 @@ def write(
         else:
             sent = send(found, right, progress)
             receiving.settle(progress)
+        refuse_nothing(store.info().uri, sent.outcome)
         accept(receiving)
         target.finish(read_then, sending.refined, progress)
     except (TransientStoreError, StoppedError):
@@ -207,8 +209,11 @@ def settled(journal: Journal, found: Snapshot, refiner: str, *, exact: bool) -> 
         # The same vector may be read back with other last digits; what is ours can only be its.
         return found.ours
     ids, digests = journal.open_written(current.written)
+    settled = np.zeros(len(found.rows), np.bool_)
     places = Lookup(ids).find(found.rows.ids)
-    return np.asarray((places >= 0) & (digests[places] == found.digests))
+    there = np.flatnonzero(places >= 0)
+    settled[there] = digests[places[there]] == found.digests[there]
+    return settled
 
 
 def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:

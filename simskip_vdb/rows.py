@@ -160,7 +160,8 @@ def ids_from_arrow(column: Any) -> Ids:  # noqa: ANN401 pyarrow
     import pyarrow as pa
 
     if pa.types.is_string(column.type):
-        return np.asarray(column.to_numpy(zero_copy_only=False)).astype(ID_TEXT)
+        texts = column.cast(pa.binary()).to_numpy(zero_copy_only=False)
+        return np.asarray(texts).astype(ID_TEXT)
     return np.asarray(column.to_numpy())
 
 

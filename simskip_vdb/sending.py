@@ -42,11 +42,12 @@ class Snapshot(NamedTuple):
 
 
 class Read(NamedTuple):
-    """All rows as they are after writing."""
+    """All rows as they are after writing; `refined` of them hold another vector than read."""
 
     ids: Any
     digests: Digests
     ours: Mask
+    refined: int
     theirs: int
     gone: int
 
@@ -89,7 +90,7 @@ class Sending:
         self._rounding = store.info().rounding
         self._settled = settled
         self._check_claim: Callable[[], None] = lambda: None
-        self.moved = 0
+        self._moved = np.zeros(len(found.rows), np.bool_)
 
     def run(self, journal: Journal) -> Sent:
         """Write all rows, read them back, and save the digests of ours.
@@ -117,7 +118,7 @@ class Sending:
     def _send_block(self, start: int, block: Vectors, refined: Vectors) -> None:
         found = self._found
         part = slice(start, start + len(block))
-        self.moved += int((refined.view(np.uint32) != block.view(np.uint32)).any(axis=1).sum())
+        self._moved[part] = (refined.view(np.uint32) != block.view(np.uint32)).any(axis=1)
         due = np.isfinite(refined).all(axis=1)
         self._digests[part] = row_digests(refined)
         self._originals[part] = row_digests(block)
@@ -175,7 +176,7 @@ class Sending:
         rows = self._found.rows
         seen = np.zeros(len(rows), np.bool_)
         ids, digests, mine, lost = [], [], [], [np.empty(0, np.int64)]
-        foreign = theirs = done = 0
+        foreign = refined = theirs = done = 0
         for batch in self._store.scan(SCAN_ROWS):
             places = self._lookup.find(batch.ids)
             known = np.flatnonzero(places >= 0)
@@ -189,10 +190,13 @@ class Sending:
                 refined_at(rows, self._refine, places[other]),
                 self._rounding,
             )
+            left = known[ours[known] & ~self._moved[at]]
+            found[left] = self._digests[places[left]]  # whatever last digits it was read with
             ids.append(batch.ids)
             digests.append(found)
             mine.append(ours)
             seen[at] = True
+            refined += int(self._moved[at[ours[known]]].sum())
             missed = known[~ours[known]]
             as_read = self._read.same(
                 VectorBatch(ids=batch.ids[missed], vectors=batch.vectors[missed])
@@ -211,6 +215,7 @@ class Sending:
             ids=np.concatenate(ids) if ids else rows.ids[:0],
             digests=np.concatenate(digests) if digests else np.empty(0, np.uint64),
             ours=np.concatenate(mine) if mine else np.empty(0, np.bool_),
+            refined=refined,
             theirs=theirs + len(present),
             gone=len(missing) - len(present),
         )
@@ -218,10 +223,9 @@ class Sending:
 
     def outcome(self, read: Read) -> Written:
         """Say what became of the rows."""
-        rows = max(0, self.moved - read.theirs - read.gone)
         return Written(
-            rows=rows,
-            skipped=len(self._found.rows) - rows,
+            rows=read.refined,
+            skipped=len(self._found.rows) - read.refined,
             mode=self._target.mode,
             theirs=read.theirs,
             gone=read.gone,

@@ -47,6 +47,9 @@ class VectorStore(Protocol):
     ) -> Iterator[VectorBatch]:
         """Yield every row once, in a stable order, in bounded memory.
 
+        A vector has the length that the engine gives it: where that normalises, a vector that was
+        given with another length is read as it is compared.
+
         Rows that are added or removed while a scan goes on may be missing or not; no other is.
 
         Args:

@@ -24,12 +24,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from simskip_vdb.by_vector import near
 from simskip_vdb.datatypes import Ids, Mask, Metric, VectorBatch, Vectors, id_names, silent
 from simskip_vdb.errors import ConfigError, DataError, SimskipError
 from simskip_vdb.store import Check, FileBacked, RowWritable, VectorStore
 
 _SEED = 20
 _K = 10
+_CODES = 0.05  # relative L2 error of codes that a file may hold
 
 
 class StoreContract:
@@ -211,6 +213,17 @@ class StoreContract:
 class FileContract(StoreContract):
     """What a `FileBacked` store keeps as well."""
 
+    def test_a_length_that_was_read_can_be_written(
+        self, ids: Ids, vectors: Vectors, refined: Vectors, metric: Metric
+    ) -> None:
+        """Whatever lengths rows were given: a vector as long as what is read comes back."""
+        store = self.make_store(ids, _lengthened(vectors), metric)
+        _, read = _together(store.scan(7))
+        wanted = refined * np.linalg.norm(read, axis=1, keepdims=True)
+        _replace(store, _batches(ids, wanted, 7), _accept)
+        within = store.info().rounding if self.exact else _CODES
+        assert near(_together(store.scan(7))[1], wanted, within).all()
+
     def test_replace_all_rows(
         self, store: VectorStore, ids: Ids, refined: Vectors, metric: Metric
     ) -> None:
@@ -292,6 +305,18 @@ class FileContract(StoreContract):
 
 class RowContract(StoreContract):
     """What a `RowWritable` store keeps as well."""
+
+    def test_a_length_that_was_read_can_be_written(
+        self, ids: Ids, vectors: Vectors, refined: Vectors, metric: Metric
+    ) -> None:
+        """Whatever lengths rows were given: a vector as long as what is read comes back."""
+        store = self.make_store(ids, _lengthened(vectors), metric)
+        assert isinstance(store, RowWritable)
+        _, read = _together(store.scan(7))
+        wanted = refined * np.linalg.norm(read, axis=1, keepdims=True)
+        assert store.update(VectorBatch(ids=ids, vectors=wanted), _any_row).all()
+        store.settle(silent)
+        assert near(_together(store.scan(7))[1], wanted, store.info().rounding).all()
 
     def test_update_writes_rows(
         self, store: VectorStore, ids: Ids, vectors: Vectors, refined: Vectors, metric: Metric
@@ -435,6 +460,12 @@ def _unit_vectors(count: int, dim: int, seed: int) -> Vectors:
     vectors = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
     unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return unit
+
+
+def _lengthened(vectors: Vectors) -> Vectors:
+    lengths = np.geomspace(0.7, 1.4, len(vectors), dtype=np.float32)
+    longer: Vectors = vectors * lengths[:, None]
+    return longer
 
 
 def _batches(ids: Ids, vectors: Vectors, size: int) -> Iterator[VectorBatch]:

@@ -15,7 +15,14 @@ import numpy as np
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
 from simskip_vdb.errors import JournalError, StoreChangedError
 from simskip_vdb.journal import FileRef, Journal, Write
-from simskip_vdb.outgoing import Outgoing, Refine, RolledBack, Written, nothing_to_undo
+from simskip_vdb.outgoing import (
+    Outgoing,
+    Refine,
+    RolledBack,
+    Written,
+    nothing_to_undo,
+    refuse_nothing,
+)
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import Register
@@ -80,6 +87,7 @@ def write(
 
     Raises:
         VerificationError: The candidate does not hold what was written; nothing was swapped.
+        NothingWrittenError: No row would get another vector; nothing was swapped.
         StoreChangedError: The file changed since it was read; it was left as it is.
         StoreError: Writing failed; nothing was swapped.
     """
@@ -130,6 +138,7 @@ def write(
             unchanged(now.result())
             fingerprint = pool.submit(_file(candidate).sha256)
             digests = outgoing.verify(candidate)
+            refuse_nothing(store.info().uri, _outcome(outgoing, rows, "in-place"))
             accept(candidate)
             announce(fingerprint.result(), digests)
 
@@ -170,6 +179,7 @@ def write_copy(
 
     def check(candidate: VectorStore) -> None:
         outgoing.verify(candidate)
+        refuse_nothing(store.info().uri, _outcome(outgoing, rows, "copy"))
         accept(candidate)
 
     store.write_copy(outgoing.batches(), check, output=output)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from simskip_vdb.by_vector import near_sketch, sketch
 from simskip_vdb.config import FitSettings
 from simskip_vdb.crew import LOCAL, RAY, Crew, check_executor, ray_crew
 from simskip_vdb.datatypes import (
@@ -39,7 +40,7 @@ from simskip_vdb.evaluation import (
     parse_measures,
     score,
 )
-from simskip_vdb.journal import IN_PLACE, KNOWN, Journal, Write
+from simskip_vdb.journal import IN_PLACE, KNOWN, Journal, Known, Write
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.overlap import cores
@@ -339,12 +340,32 @@ class Workspace:
         late = self.held(Split.TEST)
         known = self.journal.known(refiner.id)
         if known is not None:
-            ids, digests = known
-            places = Lookup(ids).find(self.rows.ids)
+            places = Lookup(known.ids).find(self.rows.ids)
             late |= places < 0
-            if self.info.exact:  # elsewhere the same row may be read back with other last digits
-                late |= digests[places] != self.digests
+            late |= self._changed(known, places)
         return late
+
+    def _changed(self, known: Known, places: Positions) -> Mask:
+        """Tell which rows, at these places among those known, have another original now, (n,)."""
+        if not len(known.ids):
+            return np.ones(len(places), np.bool_)
+        changed: Mask = known.digests[places] != self.digests
+        if self.info.exact or not changed.any():
+            return changed
+        if known.sketches is None:  # of a fit by an earlier version: digits of one vector may vary
+            return np.zeros(len(changed), np.bool_)
+        for start, block in self.rows.blocks(np.flatnonzero(changed)):
+            part = slice(start, start + len(block))
+            then = known.sketches[places[part]]
+            changed[part] &= ~near_sketch(block, then, self.info.rounding)
+        return changed
+
+    @cached_property
+    def sketches(self) -> Vectors | None:
+        """What all originals are known again by; None where their digests tell."""
+        if self.info.exact:
+            return None
+        return np.concatenate([sketch(block) for _, block in self.rows.blocks()])
 
 
 def keep_refiner(refiner: Refiner, space: Workspace) -> Path:
@@ -352,7 +373,8 @@ def keep_refiner(refiner: Refiner, space: Workspace) -> Path:
     folder = space.journal.refiners / refiner.id
     refiner.save(folder)
     if not (folder / KNOWN).is_file():
-        space.journal.save_known(refiner.id, space.rows.ids, space.digests)
+        known = (space.rows.ids, space.digests, space.sketches)
+        space.journal.save_known(refiner.id, *known)
     return folder
 
 

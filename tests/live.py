@@ -26,6 +26,8 @@ class LiveStore(MemoryStore):
         requests: Requests so far.
         events: What happens right before the request of that number.
         half: Whether numbers are kept in half precision.
+        exact: What it says of that.
+        positional: Whether it says that ids are positions.
         note: What `mark` left.
     """
 
@@ -33,7 +35,7 @@ class LiveStore(MemoryStore):
         self, ids: Ids, vectors: Vectors, metric: Metric = Metric.DOT, *, half: bool = False
     ) -> None:
         super().__init__(ids, vectors, metric)
-        self.half = half
+        self.half, self.exact, self.positional = half, False, False
         self.requests = 0
         self.events: dict[int, Event] = {}
         self.note: Mapping[str, Any] | None = None
@@ -41,7 +43,13 @@ class LiveStore(MemoryStore):
 
     def info(self) -> StoreInfo:
         rounding = 2e-3 if self.half else 1e-6
-        return replace(super().info(), uri="live:rows", exact=False, rounding=rounding)
+        return replace(
+            super().info(),
+            uri="live:rows",
+            exact=self.exact,
+            rounding=rounding,
+            positional=self.positional,
+        )
 
     def update(self, batch: VectorBatch, allowed: Allowed) -> Mask:
         written = np.zeros(len(batch), np.bool_)

@@ -24,6 +24,7 @@ from simskip_vdb.datatypes import Split
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import (
     ConfigError,
+    NothingWrittenError,
     StoreChangedError,
     StoreError,
 )
@@ -241,6 +242,8 @@ def test_rows_that_shift_after_a_kill_are_known_too(tmp_path: Path) -> None:
     with dying(2, Killed()), pytest.raises(Killed):
         desk.refine(0)
     change(desk.paths[0], lambda index: index.remove_ids(np.array([0])))
-    desk.refine(1)  # another one than was interrupted
+    # Another one than was interrupted; every id stands for another row now, all of them late.
+    with pytest.raises(NothingWrittenError, match="after its fit"):
+        desk.refine(1)
     desk.rollback()
     assert list(desk.rows().values()) == [row.tobytes() for row in desk.vectors[1:]]

@@ -33,7 +33,7 @@ class Collection(RuleBasedStateMachine):
         self.engine = self.make(Path(self.folder.name))
         self.held = self.engine.rows()
         self.originals: Rows = {}
-        self.known: dict[int, set[str]] = {}
+        self.known: dict[int, Rows] = {}
         ids = np.array(sorted(self.held), "S36")
         self.refiners = [Path(self.folder.name) / f"refiner{i}" for i in range(2)]
         for seed, path in enumerate(self.refiners):
@@ -61,12 +61,22 @@ class Collection(RuleBasedStateMachine):
         originals = {**self.held, **self.originals}
         names = np.array(list(self.held), "S36")
         stacked = np.stack([originals[name] for name in self.held])
-        # Rows that came after a refiner's first use are late, which these refiners leave raw.
-        known = self.known.setdefault(which, set(self.held))
-        late = np.array([name not in known for name in self.held])
+        # Rows that came, or got another vector, after a refiner's first use are late, which these
+        # refiners leave raw.
+        known = self.known.setdefault(which, {name: originals[name] for name in self.held})
+        late = np.array(
+            [
+                name not in known or not np.allclose(originals[name], known[name], atol=2e-5)
+                for name in self.held
+            ]
+        )
         refined = ss.Refiner.load(self.refiners[which]).refine_rows(stacked, names, late)
         self.held = dict(zip(self.held, refined, strict=True))
-        self.originals = {name: originals[name] for name in self.held if name in known}
+        self.originals = {
+            name: originals[name]
+            for name, left in zip(self.held, late.tolist(), strict=True)
+            if not left
+        }
 
     @rule()
     def rollback(self) -> None:

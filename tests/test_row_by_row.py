@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +279,25 @@ def test_refiners_are_kept_for_telling_rows_apart(desk: Desk) -> None:
     desk.refine()
     loaded = Refiner.load(desk.state / "refiners" / desk.refiners[0].id)
     assert loaded.id == desk.refiners[0].id
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_last_write_that_left_no_row_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positional: bool
+) -> None:
+    """An earlier version recorded a write in which the application had every row."""
+    desk = Desk(tmp_path, text=False, half=False)
+    desk.store.exact = True
+    desk.store.positional = positional
+    desk.refine(0)
+    with Journal(desk.state, desk.store.info()) as journal:
+        current = journal.manifest.current
+        assert current is not None
+        nothing = journal.save_written(desk.ids[:0], *[np.empty(0, np.uint64)] * 2)
+        journal.settle(happened=True, done=replace(current, written=nothing))
+    desk.store.put(desk.ids, -desk.vectors)
+    theirs = desk.store.content()
+    desk.refine(0)
+    desk.assert_holds(desk.expected(0, theirs))
+    desk.rollback()
+    desk.assert_holds(theirs)
