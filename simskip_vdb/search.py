@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,18 @@ def exact_search(
     for start, vectors in blocks:
         search.add(start, vectors)
     return search.found()
+
+
+class Search(Protocol):
+    """A search that is fed rows in order; see `ExactSearch`."""
+
+    def add(self, start: int, vectors: Vectors) -> None:
+        """Compare with the row at position `start` and its successors, shape (b, d)."""
+        ...
+
+    def found(self) -> Neighbors:
+        """Return positions and scores, each of shape (q, k): -1 and -inf where rows are fewer."""
+        ...
 
 
 class ExactSearch:

@@ -35,7 +35,6 @@ from simskip_vdb.evaluation import (
     GROUP_MEASURES,
     ann_recall,
     depth,
-    exact_search,
     pair_scores,
     parse_measures,
     score,
@@ -49,7 +48,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
-from simskip_vdb.search import ExactSearch
+from simskip_vdb.search import ExactSearch, Search
 from simskip_vdb.store import RowWritable, VectorStore
 from simskip_vdb.targets import holding
 from simskip_vdb.threads import blas_on_one_thread
@@ -190,13 +189,25 @@ class Workspace:
 
     def placed(self, refiner: Refiner) -> Refiner:
         """Return a refiner where the run computes; torch is not loaded only to look for a GPU."""
+        device = self._device()
+        return refiner if device == "cpu" else refiner.on(device)
+
+    def _device(self) -> str:
         name = self.settings.fit.device
         if name == "cpu" or (name == "auto" and "torch" not in sys.modules):
-            return refiner
+            return "cpu"
         from simskip_vdb.training import device_of
 
-        device = device_of(name)
-        return refiner if device == "cpu" else refiner.on(device)
+        return device_of(name)
+
+    def _searching(self, queries: Vectors, k: int, skip: Mask | None) -> Search:
+        """Return an exact search where the run computes."""
+        device = self._device()
+        if device == "cpu":
+            return ExactSearch(queries, k, self.info.metric, skip)
+        from simskip_vdb.search_on_device import SearchOnDevice
+
+        return SearchOnDevice(queries, k, self.info.metric, skip, device)
 
     def refined_blocks(self, refiner: Refiner, late: Mask | None = None) -> Blocks:
         """Yield all rows refined."""
@@ -233,7 +244,10 @@ class Workspace:
         self, queries: Vectors, blocks: Blocks, k: int, skip: Mask | None = None
     ) -> Neighbors:
         """Search exactly by the index's own metric."""
-        return exact_search(queries, self._watched(blocks), k, self.info.metric, skip)
+        search = self._searching(queries, k, skip)
+        for start, block in self._watched(blocks):
+            search.add(start, block)
+        return search.found()
 
     def _watched(self, blocks: Blocks) -> Blocks:
         for start, block in blocks:
@@ -271,9 +285,7 @@ class Workspace:
         """
         judged = self.judged.queries[Split.VALIDATION]
         k, skip = depth(self.measures[:1], judged), self.skipped(Split.VALIDATION)
-        searches = [
-            ExactSearch(refiner(judged.vectors), k, self.info.metric, skip) for refiner in refiners
-        ]
+        searches = [self._searching(refiner(judged.vectors), k, skip) for refiner in refiners]
         placed = [self.placed(refiner) for refiner in refiners]
         using_f = next((refiner for refiner in placed if refiner.layers), placed[0])
         with ThreadPoolExecutor(cores()) as pool, blas_on_one_thread():
@@ -289,7 +301,7 @@ class Workspace:
 
     def _add_refined(
         self,
-        search: ExactSearch,
+        search: Search,
         refiner: Refiner,
         *,
         start: int,

@@ -6,10 +6,11 @@ import torch
 from judged import Case, make_case
 
 import simskip_vdb as ss
-from simskip_vdb import moving_on_device, training
-from simskip_vdb.datatypes import Mask, Positions, Vectors
+from simskip_vdb import moving_on_device, search_on_device, training
+from simskip_vdb.datatypes import Mask, Metric, Positions, Vectors
 from simskip_vdb.moving import Formula
 from simskip_vdb.moving_on_device import OnDevice
+from simskip_vdb.search_on_device import SearchOnDevice
 
 DIM, ROWS = 24, 700
 
@@ -77,7 +78,15 @@ def as_if_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             blocks.append(len(x))
             return super().apply(x, slots, move, f)
 
+    class Searching(SearchOnDevice):
+        def __init__(
+            self, queries: Vectors, k: int, metric: Metric, skip: Mask | None, device: str
+        ) -> None:
+            assert device == "other"
+            super().__init__(queries, k, metric, skip, "cpu")
+
     monkeypatch.setattr(moving_on_device, "OnDevice", Counted)
+    monkeypatch.setattr(search_on_device, "SearchOnDevice", Searching)
     monkeypatch.setattr(training, "device_of", lambda name: "cpu" if name == "cpu" else "other")
     return blocks
 
