@@ -336,7 +336,10 @@ class Journal:
             return
         if not happened:
             begun = () if self._whole(write) else self._past_of(replace(write, written=None))
-            self._update(pending=None, past=(*self.manifest.past, *begun))
+            held = self.manifest.held
+            if begun and self.manifest.current is None:
+                held = write.originals or held  # whoever read a row meanwhile may save it
+            self._update(pending=None, past=(*self.manifest.past, *begun), held=held)
         else:
             entry = {
                 "action": "refine" if write.refiner else "rollback",

@@ -150,6 +150,8 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
     """
     write = journal.manifest.pending or journal.manifest.current
     if write is None:  # rows came back that had been rolled back
+        if journal.original_ref is None:
+            raise nothing_to_undo(store)
         write = write_of("", journal.original_ref)
     target = make_target(store, journal, write.mode, write.refiner)
     undo = replace(write, refiner="", summary={}, time=time.time())

@@ -13,7 +13,7 @@ import pytest
 from live import Killed
 from small_index import Index
 
-from simskip_vdb.errors import StoreChangedError
+from simskip_vdb.errors import ConfigError, NothingWrittenError, StoreChangedError
 
 YEARS = 5 * 365 * 86400.0
 
@@ -75,7 +75,8 @@ def test_a_save_within_the_same_instant_is_noticed(
     with pytest.raises(StoreChangedError):
         index.refine(application)
     np.testing.assert_array_equal(index.rows(), newer)
-    with suppress(StoreChangedError):  # nothing is left of the run that gave up
+    with suppress(StoreChangedError, NothingWrittenError):  # all rows came after the refiner's
         index.refine()
-    index.rollback()
+    with suppress(ConfigError):  # nothing is left of the run that gave up
+        index.rollback()
     np.testing.assert_array_equal(index.rows(), newer)
