@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -62,6 +64,9 @@ def cli(verbose: bool) -> None:
 
 def main() -> None:
     """Run the command line and exit with the code that the outcome means."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # such as α where the terminal is Latin-1
     try:
         code = cli.main(prog_name="simskip", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -69,10 +74,10 @@ def main() -> None:
         code = _fail(error.format_message(), "UsageError", error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         message = "interrupted; the same command resumes"
-        click.echo(message, err=True)
+        _tell(message, err=True)
         code = _fail(message, "Interrupted", INTERRUPTED)
     except SimskipError as error:
-        click.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}", err=True)
         code = _fail(str(error), type(error).__name__, error.exit_code)
     except Exception as error:  # a defect: the traceback is for its report
         traceback.print_exc()
@@ -358,11 +363,11 @@ def report(
     store = open_store(index, read_only=True, filter=filter)
     text = upkeep.report(store, state=state, markdown=markdown)
     if markdown:
-        click.echo(text)
+        _tell(text)
         return
     path = out or state_folder(store, state) / upkeep.PAGE
     write_durably(path, text.encode())
-    click.echo(path)
+    _tell(str(path))
 
 
 @cli.command(epilog=EXIT_CODES)
@@ -459,12 +464,21 @@ def _print(
     if as_json:
         _print_json(result)
     else:
-        click.echo(render(result))
+        _tell(render(result))
 
 
 def _print_json(result: Mapping[str, Any]) -> None:
-    click.echo(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    _tell(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _say(as_json: bool) -> Callable[[str], None]:
-    return lambda text: click.echo(text, err=as_json)
+    return lambda text: _tell(text, err=as_json)
+
+
+def _tell(text: str, *, err: bool = False) -> None:
+    """Print; that nobody reads it any more changes nothing of what was done."""
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        stream = sys.stderr if err else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -15,6 +15,8 @@ from simskip_vdb.redaction import names_secret, redacted
 
 _about: ContextVar[Mapping[str, Any]] = ContextVar("about", default={})  # noqa: B039 never changed
 
+log = logging.getLogger(__name__)
+
 
 def configure(level: int | str, format: Literal["text", "json"] = "text") -> None:  # noqa: A002 the option's name
     """Send log lines to stderr; said again, it replaces what it said before.
@@ -105,3 +107,16 @@ def _without_secrets(name: str, value: Any) -> Any:  # noqa: ANN401 any JSON
     if isinstance(value, list | tuple):
         return [_without_secrets("", inner) for inner in value]
     return redacted(value) if isinstance(value, str) else value
+
+
+@contextmanager
+def only_tells(what: str) -> Iterator[None]:
+    """Let a block fail that only tells of what was done: a warning says so, and the run goes on.
+
+    Args:
+        what: What the block leaves, for people.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s was not written: %s; what was done to the index stays done", what, error)

@@ -17,6 +17,7 @@ from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
 from simskip_vdb.gate import MIN_QUERIES, Decision, decide
 from simskip_vdb.journal import IN_PLACE
 from simskip_vdb.judgments import Judgments
+from simskip_vdb.logs import only_tells
 from simskip_vdb.measuring import Measured, ThroughIndex, measure
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import (
@@ -164,11 +165,13 @@ def refine(
         found = changes(space)
         report = _refine(space, progress)
         if settings.refiner is None and report.refiner is not None:
-            remember_attempt(space, judgments, report.refiner["id"])
+            with only_tells("the note for the next night"):
+                remember_attempt(space, judgments, report.refiner["id"])
         outcome = "refused" if report.exit_code else "written"
         if not report.exit_code and (report.gate is None or report.side == Side.QUERIES.value):
             outcome = "unchanged"
-        Runs(space.journal.folder).add(record_of(report, "refine", outcome, found))
+        with only_tells("the record of this run"):
+            Runs(space.journal.folder).add(record_of(report, "refine", outcome, found))
         return report
 
 

@@ -14,6 +14,7 @@ from simskip_vdb.durable import write_durably
 from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.ledger import Ledger
+from simskip_vdb.logs import only_tells
 from simskip_vdb.pages import render_markdown, render_page
 from simskip_vdb.reindex import fingerprint, recover
 from simskip_vdb.reindex import rollback as roll_back
@@ -62,7 +63,8 @@ def rollback(
             rows={**counted, "written": done.restored},
             seconds={"write": time.perf_counter() - start},
         )
-        Runs(folder).add(found)
+        with only_tells("the record of this run"):
+            Runs(folder).add(found)
     return {
         "schema": 1,
         "index": info.uri,
@@ -202,13 +204,14 @@ def report(store: VectorStore, *, state: Path | None = None, markdown: bool = Fa
 
 def leave_page(store: VectorStore, state: Path | None = None) -> None:
     """Put the page of `report` into the state folder, where its extra is installed."""
-    folder = state_folder(store, state)
-    try:
-        page = report(store, state=state)
-    except (MissingDependencyError, ConfigError) as error:
-        log.info("no page was left: %s", error)
-        return
-    write_durably(folder / PAGE, page.encode())
+    with only_tells("the page about this run"):
+        folder = state_folder(store, state)
+        try:
+            page = report(store, state=state)
+        except (MissingDependencyError, ConfigError) as error:
+            log.info("no page was left: %s", error)
+            return
+        write_durably(folder / PAGE, page.encode())
 
 
 def is_as_written(store: VectorStore, journal: Journal, current: Write) -> bool:
