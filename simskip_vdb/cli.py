@@ -40,6 +40,12 @@ refine instead: each is scored by one of five refiners that never saw it. Rows o
 are NaN, infinite or zero are left as they are."""
 
 
+PLAIN = str.maketrans(
+    {"·": "-", "×": "x", "–": "-", "→": "->", "…": "...", "α": "alpha", "β": "beta", "±": "+-"}
+)
+"""What our own signs become where a stream is not Unicode; its readers may take it for anything."""
+
+
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
@@ -477,8 +483,10 @@ def _say(as_json: bool) -> Callable[[str], None]:
 
 def _tell(text: str, *, err: bool = False) -> None:
     """Print; that nobody reads it any more changes nothing of what was done."""
+    stream = sys.stderr if err else sys.stdout
+    if not (stream.encoding or "utf-8").lower().startswith("utf"):
+        text = text.translate(PLAIN)
     try:
         click.echo(text, err=err)
     except BrokenPipeError:
-        stream = sys.stderr if err else sys.stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
