@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote
@@ -131,6 +132,10 @@ class ParquetFile:
         )
         self._rows = RowOrder(self._columns.ids, self._uri)
 
+    @cached_property
+    def _state(self) -> Path:
+        return state_of(self._path, self._options.vector)
+
     def sha256(self) -> str:
         """Hash the file's bytes, 64 hex digits."""
         return sha256_of(self._path)
@@ -145,7 +150,7 @@ class ParquetFile:
             metric=self._options.metric,
             exhaustive=True,
             payload=True,
-            state=state_of(self._path, self._options.vector),
+            state=self._state,
             claim=state_root(self._path),
             details=self._columns.details,
         )

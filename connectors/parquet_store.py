@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
@@ -56,6 +56,10 @@ class ParquetFolder(Parted):
         self._payload = _check(stores, uri)
         super().__init__(uri, self._folder, stores, [0] * len(stores), read_only=read_only)
 
+    @cached_property
+    def _state(self) -> Path:
+        return state_of(self._folder, self._options.vector)
+
     def info(self) -> StoreInfo:
         """Describe the files together."""
         first = self._parts[0].store.info()
@@ -68,7 +72,7 @@ class ParquetFolder(Parted):
             metric=first.metric,
             exhaustive=True,
             payload=True,
-            state=state_of(self._folder, self._options.vector),
+            state=self._state,
             claim=state_root(self._folder),
             details=first.details,
         )

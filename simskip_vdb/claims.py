@@ -73,6 +73,11 @@ class Claim:
         except OSError as error:
             if self._lock is not None:
                 self._lock.release()
+                self._lock = None
+            if self._passing:  # nobody can write there, so nobody can leave word of its state
+                log.info("%s is not held: %s", self._what, error)
+                self._text = ""
+                return
             raise StoreError(
                 f"cannot write the state folder {self._folder}: {error}; "
                 "choose another with --state DIR"
@@ -92,7 +97,9 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether this run still holds the folder."""
+        """Whether this run still holds the folder, or there is nothing to hold."""
+        if not self._text:
+            return True
         try:
             return self._note.read_text(encoding="utf-8") == self._text
         except (OSError, ValueError):

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -474,7 +474,8 @@ def _print(
 
 
 def _print_json(result: Mapping[str, Any]) -> None:
-    _tell(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
+    ascii_only = not _is_unicode(sys.stdout)
+    _tell(json.dumps(result, indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def _say(as_json: bool) -> Callable[[str], None]:
@@ -484,9 +485,13 @@ def _say(as_json: bool) -> Callable[[str], None]:
 def _tell(text: str, *, err: bool = False) -> None:
     """Print; that nobody reads it any more changes nothing of what was done."""
     stream = sys.stderr if err else sys.stdout
-    if not (stream.encoding or "utf-8").lower().startswith("utf"):
+    if not _is_unicode(stream):
         text = text.translate(PLAIN)
     try:
         click.echo(text, err=err)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_unicode(stream: TextIO) -> bool:
+    return (stream.encoding or "utf-8").lower().startswith("utf")

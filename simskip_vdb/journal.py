@@ -141,13 +141,16 @@ class Journal:
 
     def __enter__(self) -> Journal:
         with ExitStack() as stack:
+            stack.callback(self._held.clear)
             for claim in self._claims():
                 claim.take()
                 stack.callback(claim.drop)
                 self._held.append(claim)
-            self._set_aside()
             shut_out(self.folder)
             self.manifest = self._read_manifest()
+            self.usable()
+            if self.other:
+                self._set_aside()
             self.check()
             self._sweep()
             self._stack = stack.pop_all()
@@ -162,7 +165,6 @@ class Journal:
         self.scanned = None
         with self._stack:
             self._sweep()
-        self._held.clear()
 
     def _claims(self) -> list[Claim]:
         """Return what a run holds: the state, and the place beside what is written."""
@@ -173,9 +175,8 @@ class Journal:
         return [Claim(place, what=self._info.uri, passing=True), state]
 
     @property
-    def _mine(self) -> bool:
-        """Whether no other run has taken the state over."""
-        return all(claim.held for claim in self._held if isinstance(claim, Claim))
+    def _state_claims(self) -> list[Claim]:
+        return [claim for claim in self._held if isinstance(claim, Claim)]
 
     @contextmanager
     def holding(self, store: VectorStore) -> Iterator[None]:
@@ -393,10 +394,14 @@ class Journal:
     @property
     def original_ref(self) -> FileRef | None:
         """The originals of the last scan that a write named; None where the state holds none."""
+        return next(iter(self._original_refs), None)
+
+    @property
+    def _original_refs(self) -> list[FileRef]:
         manifest = self.manifest
         writes = (manifest.pending, manifest.current)
         refs = [write.originals for write in writes if write is not None] + [manifest.held]
-        return next((ref for ref in refs if ref is not None), None)
+        return list({ref.files: ref for ref in refs if ref is not None}.values())
 
     def held_originals(self) -> list[Rows]:
         """Return all originals that the state holds, those of the last write first.
@@ -404,11 +409,7 @@ class Journal:
         Raises:
             JournalError: They are damaged.
         """
-        manifest = self.manifest
-        writes = (manifest.pending, manifest.current)
-        refs = [write.originals for write in writes if write is not None] + [manifest.held]
-        found = {ref.name or ref.files: ref for ref in refs if ref is not None}
-        rows = [Rows(*map(self.path, ref.files)) for ref in found.values()]
+        rows = [Rows(*map(self.path, ref.files)) for ref in self._original_refs]
         return rows + [Rows(path) for path in sorted(self.folder.glob("unseen-*.arrow"))]
 
     def save_written(self, ids: Ids, digests: Digests, originals: Digests) -> FileRef:
@@ -539,8 +540,8 @@ class Journal:
         self._update(copy_of=source, current=write)
 
     def _update(self, **changes: Any) -> None:  # noqa: ANN401 fields of Manifest
-        if not self._mine:
-            self.check()
+        for claim in self._state_claims:
+            claim.check()
         manifest = replace(self.manifest, **changes)
         data = {"schema": SCHEMA, **asdict(manifest)}
         self._sure = False
@@ -618,10 +619,6 @@ class Journal:
 
     def _set_aside(self) -> None:
         """Make room where the state is of an index that was here before, and undoes nothing."""
-        self._read_manifest()
-        self.usable()
-        if not self.other:
-            return
         place = self._aside
         number = next(n for n in count() if not place.with_name(f"{place.name}-{n}").exists())
         place = place.with_name(f"{place.name}-{number}")
@@ -632,6 +629,7 @@ class Journal:
                     os.replace(file, place / file.name)
             make_durable(self.folder)
         log.warning("%s; it undoes nothing, and was set aside as %s", self.other, place)
+        self.manifest = self._read_manifest()
 
     def _save_arrow(self, stem: str, batches: Iterable[Any], empty: Any) -> FileRef:  # noqa: ANN401 pyarrow
         """Write record batches; `empty` has their schema where there are none."""
@@ -667,7 +665,7 @@ class Journal:
         Not where the manifest could not be written, or is another run's by now: the one on disk may
         name other files. What cannot be deleted now is deleted another time.
         """
-        if not self._sure or not self._mine:
+        if not self._sure or not all(claim.held for claim in self._state_claims):
             return
         manifest = self.manifest
         refs = [self.scanned, manifest.held, *(item.written for item in manifest.past)]

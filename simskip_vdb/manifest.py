@@ -91,6 +91,11 @@ class Past:
     time: float
     written: FileRef | None = None
 
+    @property
+    def files(self) -> tuple[FileRef, ...]:
+        """The files that hold these digests."""
+        return () if self.written is None else self.written.files
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from simskip_vdb.by_vector import AMBIGUOUS, LAST_DIGITS, Alike, ByVector, Lookup, near, ramps
-from simskip_vdb.datatypes import Ids, Mask, Positions, StoreInfo, VectorBatch, Vectors
+from simskip_vdb.datatypes import (
+    Ids,
+    Mask,
+    Positions,
+    StoreInfo,
+    VectorBatch,
+    Vectors,
+    id_names,
+)
 from simskip_vdb.errors import DataError, JournalError
 from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal, Past, Write
 from simskip_vdb.refiner import LateRule, Refiner
@@ -81,13 +90,12 @@ class Register:
         return vectors, ours
 
     def _orphans(self, ids: Ids) -> str:
-        name = ids[0].decode() if isinstance(ids[0], bytes) else ids[0]
         return (
-            f"{self._info.uri}: {len(ids):,} rows or more (such as id {name}) hold what an earlier "
-            f"refinement wrote, and {self._folder} does not hold their originals any more: they "
-            "were removed or changed since, and came back. Nothing was written. Restore these "
-            "rows from a backup of before they were refined, or delete them, then run the same "
-            "command"
+            f"{self._info.uri}: {len(ids):,} rows or more (such as id {id_names(ids[:1])[0]}) "
+            f"hold what an earlier refinement wrote, and {self._folder} does not hold their "
+            "originals any more: they were removed or changed since, and came back. Nothing was "
+            "written. Restore these rows from a backup of before they were refined, or delete "
+            "them, then run the same command"
         )
 
 
@@ -106,22 +114,33 @@ class _PastRows:
 
     def __init__(self, journal: Journal, store: VectorStore) -> None:
         self._journal, self._store, self._info = journal, store, store.info()
-        self._held = [_Held(rows, self._info) for rows in journal.held_originals()]
-        self._tables = [
-            Table(path)
-            for item in reversed(journal.past)
-            if item.written is not None
-            for path in map(journal.path, item.written.files)
-        ]
-        # Of a write that was interrupted it is known only what its refiner makes of originals.
-        self._begun = [item.refiner for item in journal.past if self._unknown(item)]
-        self._remade: list[WrittenRows] | None = None
 
-    def _unknown(self, item: Past) -> bool:
-        tables = {table.path.name: table for table in self._tables}
-        return item.written is None or not all(
-            tables[ref.name].complete for ref in item.written.files
-        )
+    @cached_property
+    def _held(self) -> list[_Held]:
+        return [_Held(rows, self._info) for rows in self._journal.held_originals()]
+
+    @cached_property
+    def _tables(self) -> list[tuple[Past, list[_Table]]]:
+        """What each write left, the last one first."""
+        return [
+            (item, [_Table(self._journal.path(file)) for file in item.files])
+            for item in reversed(self._journal.past)
+        ]
+
+    @cached_property
+    def _remade(self) -> list[WrittenRows]:
+        """Writes of which it is known only what their refiner makes of originals."""
+        ref = self._journal.original_ref
+        unknown = {
+            item.refiner
+            for item, tables in self._tables
+            if not tables or not all(table.complete for table in tables)
+        }
+        return [
+            WrittenRows(self._journal, write_of(name, ref), self._store)
+            for name in sorted(unknown)
+            if ref is not None and (self._journal.refiners / name).is_dir()
+        ]
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask, Mask]:
         """Return originals, which rows are ours, and which of ours have no original any more."""
@@ -129,19 +148,15 @@ class _PastRows:
         mine, gone = np.zeros(len(batch), np.bool_), np.zeros(len(batch), np.bool_)
         digests = row_digests(batch.vectors)
         strange = np.flatnonzero(~self._as_before(batch, digests))
-        for table in self._tables:
-            if not len(strange):
-                break
-            hit, before = table.find(
-                None if self._info.positional else batch.ids[strange], digests[strange]
-            )
+        for table in chain.from_iterable(tables for _, tables in self._tables if len(strange)):
+            ids = None if self._info.positional else batch.ids[strange]
+            hit, before = table.find(ids, digests[strange])
             rows = strange[hit]
             for held in self._held:
                 found, there = held.take(batch.ids[rows], before[hit])
                 vectors[rows[there]], mine[rows[there]] = found[there], True
-            gone[rows] = ~mine[rows]
+            gone[rows] = True
             strange = strange[~mine[strange]]
-        gone &= ~mine
         if len(strange):
             self._remake(batch, vectors, mine, strange)
         return vectors, mine, gone & ~mine
@@ -153,15 +168,8 @@ class _PastRows:
         return same
 
     def _remake(self, batch: VectorBatch, vectors: Vectors, mine: Mask, rows: Positions) -> None:
-        if self._remade is None:
-            ref = self._journal.original_ref
-            self._remade = [
-                WrittenRows(self._journal, write_of(name, ref), self._store)
-                for name in sorted({*self._begun})
-                if ref is not None and (self._journal.refiners / name).is_dir()
-            ]
+        some = VectorBatch(ids=batch.ids[rows], vectors=batch.vectors[rows])
         for write in self._remade:
-            some = VectorBatch(ids=batch.ids[rows], vectors=batch.vectors[rows])
             found, ours = write.originals(some)
             new = ours & ~mine[rows]
             vectors[rows[new]], mine[rows[new]] = found[new], True
@@ -211,18 +219,18 @@ class _Held:
         return vectors, held
 
 
-class Table:
+class _Table:
     """What a write left: ids, digests of rows as read back, and of their originals, on disk.
 
+    The file is sorted by the digests of rows.
+
     Attributes:
-        path: The file, sorted by the digests of rows.
         complete: Whether it has all of this; a file of an earlier version lacks the originals.
     """
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
 
-        self.path = path
         self._batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         self.complete = "original" in self._batch.schema.names
 
@@ -274,7 +282,7 @@ class WrittenRows:
             places = self._place.find(ids)
             self._digests[places[places >= 0]] = digests[places >= 0]
         known = journal.known(write.refiner) if self._refiner.late is LateRule.RAW else None
-        self._known = None if known is None else Lookup(known[0])
+        self._known = None if known is None else Lookup(known.ids)
         self._elsewhere: ByVector | None = None
         if info.positional:
             self._elsewhere = self._left(known=write.written is not None)

@@ -211,11 +211,11 @@ def settled(journal: Journal, found: Snapshot, refiner: str, *, exact: bool) -> 
         # The same vector may be read back with other last digits; what is ours can only be its.
         return found.ours
     ids, digests = journal.open_written(current.written)
-    settled = np.zeros(len(found.rows), np.bool_)
+    same = np.zeros(len(found.rows), np.bool_)
     places = Lookup(ids).find(found.rows.ids)
     there = np.flatnonzero(places >= 0)
-    settled[there] = digests[places[there]] == found.digests[there]
-    return settled
+    same[there] = digests[places[there]] == found.digests[there]
+    return same
 
 
 def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -> None:

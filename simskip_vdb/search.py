@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,19 +46,44 @@ def exact_search(
     return search.found()
 
 
-class Search(Protocol):
-    """A search that is fed rows in order; see `ExactSearch`."""
+class Search(ABC):
+    """Finds every query's k best rows among rows that it is fed in order.
+
+    Args:
+        k: Rows wanted for each query, at least 1.
+        metric: How queries and rows are compared.
+        skip: Shape (n,); rows that are left out of the answer.
+
+    Raises:
+        ValueError: `k` is below 1.
+    """
+
+    def __init__(self, k: int, metric: Metric, skip: Mask | None) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, not {k}")
+        self._k, self._metric, self._skip = k, metric, skip
+        self._expected = 0
 
     def add(self, start: int, vectors: Vectors) -> None:
-        """Compare with the row at position `start` and its successors, shape (b, d)."""
-        ...
+        """Compare with the row at position `start` and its successors, shape (b, d).
 
+        Raises:
+            ValueError: Positions do not ascend.
+        """
+        if start < self._expected:
+            raise ValueError(f"block at {start} begins before {self._expected}")
+        self._expected = start + len(vectors)
+        self._compare(start, vectors)
+
+    @abstractmethod
+    def _compare(self, start: int, vectors: Vectors) -> None: ...
+
+    @abstractmethod
     def found(self) -> Neighbors:
         """Return positions and scores, each of shape (q, k): -1 and -inf where rows are fewer."""
-        ...
 
 
-class ExactSearch:
+class ExactSearch(Search):
     """Finds every query's k best rows by comparing it with all of them, block by block.
 
     Rows with a NaN or an infinite number are never returned, nor are zero rows under cosine. Of
@@ -75,23 +101,12 @@ class ExactSearch:
     """
 
     def __init__(self, queries: Vectors, k: int, metric: Metric, skip: Mask | None = None) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
-        self._k, self._metric, self._skip = k, metric, skip
+        super().__init__(k, metric, skip)
         self._parts = [
             _Best(queries[i : i + _QUERIES], k, metric) for i in range(0, len(queries), _QUERIES)
         ]
-        self._expected = 0
 
-    def add(self, start: int, vectors: Vectors) -> None:
-        """Compare with the row at position `start` and its successors, shape (b, d).
-
-        Raises:
-            ValueError: Positions do not ascend.
-        """
-        if start < self._expected:
-            raise ValueError(f"block at {start} begins before {self._expected}")
-        self._expected = start + len(vectors)
+    def _compare(self, start: int, vectors: Vectors) -> None:
         size = max(1, _ELEMENTS // max(1, vectors.shape[1]))
         for i in range(0, len(vectors), size):
             rows = _Rows(vectors[i : i + size], start + i, self._metric, self._skip)

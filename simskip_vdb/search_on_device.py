@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from simskip_vdb.datatypes import Mask, Metric, Neighbors, Vectors
+from simskip_vdb.search import Search
 
 SCORES = 1 << 26
 """Scores held at once."""
@@ -18,7 +19,7 @@ TF32 = 2.0**-10
 """Rounding of one factor where float32 products may be taken from shorter numbers."""
 
 
-class SearchOnDevice:
+class SearchOnDevice(Search):
     """What `search.ExactSearch` does, on a device: the same rows, but for rounding of float64.
 
     A float32 product proposes rows; those within its rounding error of the k-th best are scored
@@ -38,26 +39,15 @@ class SearchOnDevice:
     def __init__(
         self, queries: Vectors, k: int, metric: Metric, skip: Mask | None, device: str
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, not {k}")
+        super().__init__(k, metric, skip)
         self._device = torch.device(device)
-        self._k, self._metric, self._skip = k, metric, skip
-        self._expected = 0
         sent = torch.tensor(np.asarray(queries), device=self._device)
         self._parts = [
             _Best(sent[i : i + QUERIES], k, metric) for i in range(0, len(sent), QUERIES)
         ]
 
     @torch.no_grad()
-    def add(self, start: int, vectors: Vectors) -> None:
-        """Compare with the row at position `start` and its successors, shape (b, d).
-
-        Raises:
-            ValueError: Positions do not ascend.
-        """
-        if start < self._expected:
-            raise ValueError(f"block at {start} begins before {self._expected}")
-        self._expected = start + len(vectors)
+    def _compare(self, start: int, vectors: Vectors) -> None:
         for first in range(0, len(vectors), SCORES // QUERIES):
             part = slice(first, first + SCORES // QUERIES)
             rows = torch.tensor(vectors[part], device=self._device)

@@ -101,14 +101,14 @@ def write(
     rows = found.rows
     outgoing = Outgoing(rows, refine, progress)
 
-    def announce(fingerprint: str, digests: Digests) -> None:
+    def announce(fingerprint: str, digests: Digests, originals: Digests) -> None:
         journal.announce(
             Write(
                 refiner=refiner.id,
                 before=before,
                 fingerprint=fingerprint,
                 originals=journal.scanned,
-                written=journal.save_written(rows.ids, digests, outgoing.originals),
+                written=journal.save_written(rows.ids, digests, originals),
                 kept=kept,
                 time=time.time(),
                 summary=summary,
@@ -126,8 +126,8 @@ def write(
         # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
         unchanged(store.sha256())
         accept(store)
-        outgoing.originals = np.concatenate([row_digests(block) for _, block in rows.blocks()])
-        announce(before, found.digests)
+        originals = np.concatenate([row_digests(block) for _, block in rows.blocks()])
+        announce(before, found.digests, originals)
         journal.settle(happened=True)
         return Written(rows=0, skipped=len(rows), mode="in-place")
     keep = journal.folder / kept.name if current is None and kept is not None else None
@@ -140,7 +140,7 @@ def write(
             digests = outgoing.verify(candidate)
             refuse_nothing(store.info().uri, _outcome(outgoing, rows, "in-place"))
             accept(candidate)
-            announce(fingerprint.result(), digests)
+            announce(fingerprint.result(), digests, outgoing.originals)
 
         try:
             store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)

@@ -10,7 +10,11 @@ import faiss
 import numpy as np
 
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
+from simskip_vdb.journal import Journal
+from simskip_vdb.outgoing import Written
 from simskip_vdb.refiner import Refiner
+from simskip_vdb.reindex import snapshot, write
+from simskip_vdb.store import Check, VectorStore
 
 faiss.omp_set_num_threads(1)
 
@@ -86,3 +90,20 @@ def clusters(
 
 def _unit(x: Any) -> Vectors:  # noqa: ANN401
     return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
+
+
+def refine_by_hand(
+    store: VectorStore, journal: Journal, refiner: Refiner, accept: Check = lambda candidate: None
+) -> Written:
+    """Write what a refiner makes of every row; the state is held."""
+    refiner.save(journal.refiners / refiner.id)
+    found = snapshot(store, journal)
+    return write(
+        store,
+        found,
+        lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
+        journal=journal,
+        refiner=refiner,
+        accept=accept,
+        summary={"side": "docs"},
+    )

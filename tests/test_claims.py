@@ -64,6 +64,17 @@ def test_a_second_state_steps_aside_before_it_writes(uri: str, tmp_path: Path) -
     assert not (tmp_path / "index.simskip" / "lock").exists()
 
 
+def test_a_place_that_nobody_can_write_does_not_stop_what_writes_elsewhere(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(N, D)).astype(np.float32)
+    path = ivf(tmp_path / "index", np.arange(N), rows)
+    (tmp_path / "index.simskip").write_text("a file where the folder would be")
+    with Journal(tmp_path / "state", open_store(str(path)).info()) as journal:
+        journal.begin()
+        with pytest.raises(StateInUseError), Journal(journal.folder, open_store(str(path)).info()):
+            pass
+    assert (tmp_path / "index.simskip").is_file()
+
+
 class Desk:
     """A collection on a server, and two operators with a refiner and a state each."""
 

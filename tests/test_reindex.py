@@ -9,7 +9,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from builders import change, flat, ivf, random_refiner
+from builders import change, flat, ivf, random_refiner, refine_by_hand
 
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.datatypes import Ids, Vectors
@@ -19,7 +19,7 @@ from simskip_vdb.inspection import inspect
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import RolledBack, Written, recover, rollback, snapshot, write
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import Check, VectorStore
 from simskip_vdb.upkeep import status
 
 N, D = 600, 12
@@ -37,21 +37,11 @@ class Desk:
     def state(self) -> Path:
         return self.path.with_name(self.path.name + ".simskip")
 
-    def refine(self, refiner: Refiner, accept: object = None) -> Written:
+    def refine(self, refiner: Refiner, accept: Check = lambda candidate: None) -> Written:
         store = FaissStore(self.path)
         with Journal(self.state, store.info()) as journal:
             recover(store, journal)
-            refiner.save(journal.refiners / refiner.id)
-            found = snapshot(store, journal)
-            return write(
-                store,
-                found,
-                lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
-                journal=journal,
-                refiner=refiner,
-                accept=accept or (lambda candidate: None),  # type: ignore[arg-type]
-                summary={"side": "docs"},
-            )
+            return refine_by_hand(store, journal, refiner, accept)
 
     def rollback(self) -> RolledBack:
         store = FaissStore(self.path)
@@ -443,17 +433,7 @@ def test_one_state_folder_serves_one_index(desk: Desk, tmp_path: Path) -> None:
     refiner = random_refiner(D, desk.ids)
     store = FaissStore(desk.path)
     with Journal(shared, store.info()) as journal:
-        refiner.save(journal.refiners / refiner.id)
-        found = snapshot(store, journal)
-        write(
-            store,
-            found,
-            lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
-            journal=journal,
-            refiner=refiner,
-            accept=lambda candidate: None,
-            summary={},
-        )
+        refine_by_hand(store, journal, refiner)
     with pytest.raises(JournalError, match=r"is the state of faiss:.*x\.faiss"):
         Journal(shared, FaissStore(other).info())
     with Journal(shared, store.info()) as journal:

@@ -76,3 +76,11 @@ def test_a_damaged_record_of_an_old_run_leaves_the_json(index: Path) -> None:
     done = subprocess.run(command(index, "--json"), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["written"]["rows"] == N
+
+
+def test_json_is_exact_on_a_narrow_terminal(index: Path) -> None:
+    odd = index.rename(index.with_name("α · ×.faiss"))
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
+    done = subprocess.run(command(odd, "--json"), capture_output=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["index"] == f"faiss:{odd}"

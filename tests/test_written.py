@@ -7,7 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from builders import flat, ivf, random_refiner
+from builders import flat, ivf, random_refiner, refine_by_hand
 from live import LiveStore
 from qdrant_client import QdrantClient, models
 
@@ -179,18 +179,8 @@ def test_a_write_that_reaches_no_row_fails(tmp_path: Path, rows: Vectors) -> Non
     store = Rewritten(ids, rows)
     refiner = random_refiner(D, ids)
     with Journal(tmp_path / "state", store.info()) as journal:
-        refiner.save(journal.refiners / refiner.id)
-        found = snapshot(store, journal)
         with pytest.raises(NothingWrittenError, match="60 rows were changed") as error:
-            write(
-                store,
-                found,
-                lambda start, x: refiner.refine_rows(x, found.rows.ids[start : start + len(x)]),
-                journal=journal,
-                refiner=refiner,
-                accept=lambda _: None,
-                summary={"side": "docs"},
-            )
+            refine_by_hand(store, journal, refiner)
         assert journal.manifest.current is None
         assert journal.manifest.pending is None
         assert not journal.manifest.history
