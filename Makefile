@@ -10,7 +10,7 @@ demo: $(VENV)/demo.done  ## see an index get better and get restored
 	$(BIN)/simskip demo
 
 test: $(VENV)/dev.done  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/dev.done  ## style and import layers
 	$(BIN)/ruff check .

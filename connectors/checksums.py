@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from simskip_vdb.connectors.swap import leftovers, staged, take_mode_and_owner
-from simskip_vdb.durable import disk_errors, make_durable
+from simskip_vdb.durable import disk_errors, has_file, make_durable
 
 _MAGIC = b"crc\0"
 _HEAD = struct.Struct(">4si")
@@ -79,7 +79,7 @@ def _beside(path: Path) -> Path:
 
 def _chunk_size(file: Path) -> int | None:
     """Return how many bytes each checksum covers; None where this is no such file."""
-    if not file.is_file():
+    if not has_file(file):
         return None
     with disk_errors(file), open(file, "rb") as opened:
         head = opened.read(_HEAD.size)

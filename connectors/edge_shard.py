@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import qdrant_edge as edge
 
 from simskip_vdb.connectors.qdrant_points import metric_of, rounding_of
 from simskip_vdb.datatypes import Metric
-from simskip_vdb.durable import disk_errors
+from simskip_vdb.durable import disk_errors, json_of
 from simskip_vdb.errors import (
     SimskipError,
     StoreError,
@@ -122,7 +121,7 @@ def read_config(path: Path, uri: str) -> dict[str, Any]:
     with disk_errors(file):
         text = file.read_bytes()
     try:
-        config = json.loads(text)
+        config = json_of(text)
     except ValueError as error:
         raise StoreError(f"{uri}: {file} is damaged: {error}") from None
     if not isinstance(config, dict):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import qdrant_edge as edge
 
+from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.edge_filters import to_filter
 from simskip_vdb.connectors.edge_multi import EdgePoints
 from simskip_vdb.connectors.edge_records import search_params
@@ -23,7 +23,6 @@ from simskip_vdb.connectors.qdrant_points import (
     filter_text,
     label_of,
     own_note,
-    parse_address,
     parse_filter,
     to_ids,
     to_points,
@@ -47,6 +46,7 @@ from simskip_vdb.datatypes import (
     VectorBatch,
     Vectors,
 )
+from simskip_vdb.durable import beside
 from simskip_vdb.errors import ConfigError
 from simskip_vdb.store import Allowed
 
@@ -109,12 +109,12 @@ class EdgeStore:
         guard_field: str | None = None,
     ) -> EdgeStore:
         """Open ``qdrant-edge:PATH?vector=NAME``; `filter` is what `parse_filter` takes."""
-        address = parse_address(uri, ("filter",))
+        place, options = parse_address(uri, ("vector", "filter"))
         return cls(
-            Path(address.place),
-            address.vector,
+            Path(place),
+            options.get("vector"),
             read_only=read_only,
-            filter=parse_filter(filter or address.options.get("filter")),
+            filter=parse_filter(filter or options.get("filter")),
             guard_field=guard_field,
         )
 
@@ -331,8 +331,7 @@ class EdgeStore:
     @property
     def _uri(self) -> str:
         options = {"vector": self._vector, "filter": self._filter_text}
-        query = "&".join(f"{name}={quote(value)}" for name, value in options.items() if value)
-        return f"{_SCHEME}:{quote(str(self._path))}{'?' if query else ''}{query}"
+        return address_of(_SCHEME, str(self._path), options)
 
     @property
     def _label(self) -> str:
@@ -340,7 +339,7 @@ class EdgeStore:
 
     @property
     def _states(self) -> Path:
-        return self._path.with_name(f"{self._path.name}.simskip")
+        return beside(self._path, ".simskip")
 
     @property
     def _state(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simskip_vdb.durable import disk_errors
+from simskip_vdb.durable import disk_errors, has_file
 from simskip_vdb.errors import ConfigError, StoreError
 
 _LLAMA_INDEX = "*__vector_store.json"
@@ -24,7 +24,7 @@ def locate(path: Path) -> Path:
     """
     if not path.is_dir():
         beside = path.with_suffix(".faiss")
-        return beside if beside.is_file() and not path.exists() else path
+        return beside if has_file(beside) and not path.exists() else path
     with disk_errors(path):
         named = sorted(path.glob(_LLAMA_INDEX))
         found = sorted(path.glob("*.faiss")) + [file for file in named if not _is_text(file)]

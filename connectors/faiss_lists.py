@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_tree import IVF, REFINES, Index, core, down
 from simskip_vdb.connectors.swap import Identity, take_mode_and_owner
-from simskip_vdb.durable import disk_errors, make_durable, sha256_of, write_durably
+from simskip_vdb.durable import beside, disk_errors, json_of, make_durable, sha256_of, write_durably
 from simskip_vdb.errors import StoreChangedError, StoreError
 
 _OURS = re.compile(r"\.simskip-([0-9a-f]{12})-[0-9a-f]{8}$")
@@ -228,7 +228,7 @@ def settle(index: Path) -> None:
         record.with_name(record.name + ".tmp").unlink(missing_ok=True)
         if not record.is_file():
             return
-        for path in map(Path, json.loads(record.read_bytes())):
+        for path in map(Path, json_of(record.read_bytes())):
             if _OURS.search(path.name) and not _names(index, path):
                 path.unlink(missing_ok=True)
         record.unlink()
@@ -295,7 +295,7 @@ def _names(index: Path, file: Path) -> bool:
 
 
 def _record(index: Path) -> Path:
-    return index.with_name(f".{index.name}.simskip-lists")
+    return beside(index, ".simskip-lists", hidden=True)
 
 
 def _ending(origin: str) -> str:

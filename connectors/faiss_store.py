@@ -45,7 +45,7 @@ from simskip_vdb.connectors.swap import (
     unchanged,
 )
 from simskip_vdb.datatypes import Cursor, Ids, Neighbors, StoreInfo, VectorBatch, Vectors
-from simskip_vdb.durable import disk_errors, make_durable, sha256_of
+from simskip_vdb.durable import beside, disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import (
     ConfigError,
     StoreError,
@@ -126,7 +126,7 @@ class FaissStore:
             positional=layout.positional,
             exact=layout.fidelity is Fidelity.EXACT,
             lossy=layout.fidelity is Fidelity.LOSSY,
-            state=self.path.with_name(self.path.name + ".simskip"),
+            state=beside(self.path, ".simskip"),
             details=layout.details,
         )
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simskip_vdb.durable import disk_errors, make_durable, write_durably
+from simskip_vdb.durable import disk_errors, has_file, json_of, make_durable, write_durably
 from simskip_vdb.errors import StoreError
 
 
@@ -17,12 +17,12 @@ def read_note(file: Path) -> dict[str, Any] | None:
     Raises:
         StoreError: It cannot be read.
     """
-    if not file.is_file():
+    if not has_file(file):
         return None
     with disk_errors(file):
         text = file.read_bytes()
     try:
-        return dict(json.loads(text))
+        return dict(json_of(text))
     except (ValueError, TypeError) as error:
         raise StoreError(f"{file} is damaged: {error}; restore it from a backup") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -12,6 +11,7 @@ from urllib.parse import parse_qsl, quote
 
 import numpy as np
 
+from simskip_vdb.connectors.addresses import address_of
 from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrite
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
@@ -37,12 +37,12 @@ from simskip_vdb.datatypes import (
     VectorBatch,
     Vectors,
 )
-from simskip_vdb.durable import make_durable, sha256_of
+from simskip_vdb.durable import beside, json_of, make_durable, sha256_of
 from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError, VerificationError
 from simskip_vdb.search import exact_search
 from simskip_vdb.store import Check
 
-SCHEME = "parquet:"
+SCHEME = "parquet"
 _ROWS = 8192
 
 
@@ -53,20 +53,19 @@ class Options(NamedTuple):
     vector: str = "vector"
     metric: Metric = Metric.COSINE
 
-    @property
-    def text(self) -> str:
-        """Return what stands behind the path in an address; empty where all is as usual."""
+    def address(self, path: Path) -> str:
+        """Return the address of a file or folder; what is as usual is left out."""
         told = {
             name: getattr(value, "value", value)
             for name, value in self._asdict().items()
             if value != self._field_defaults[name]
         }
-        return "?" + "&".join(f"{name}={value}" for name, value in told.items()) if told else ""
+        return address_of(SCHEME, str(path), told)
 
 
 def state_root(path: Path) -> Path:
     """Return where the states of a file's or a folder's columns are."""
-    return path.with_name(f"{path.name}.simskip")
+    return beside(path, ".simskip")
 
 
 def state_of(path: Path, column: str) -> Path:
@@ -76,7 +75,7 @@ def state_of(path: Path, column: str) -> Path:
     """
     root = state_root(path)
     try:
-        index = json.loads((root / "manifest.json").read_bytes())["index"]
+        index = json_of((root / "manifest.json").read_bytes())["index"]
         owner = dict(parse_qsl(index.partition("?")[2])).get("vector", Options().vector)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         owner = Options().vector
@@ -235,7 +234,7 @@ class ParquetFile:
 
     @property
     def _uri(self) -> str:
-        return f"{SCHEME}{self._path}{self._options.text}"
+        return self._options.address(self._path)
 
     def _writable(self) -> None:
         if self._read_only:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from urllib.parse import parse_qsl, unquote
 
 import numpy as np
 
+from simskip_vdb.connectors.addresses import parse_address
 from simskip_vdb.connectors.parquet_file import (
     SCHEME,
     Options,
@@ -46,7 +46,7 @@ class ParquetFolder(Parted):
             StoreError: A file is damaged.
         """
         self._folder, self._options = Path(folder).resolve(), options or Options()
-        uri = f"{SCHEME}{self._folder}{self._options.text}"
+        uri = self._options.address(self._folder)
         _refuse_managed(self._folder, uri)
         with disk_errors(self._folder):
             paths = sorted(path for path in self._folder.rglob("*.parquet") if self._meant(path))
@@ -110,26 +110,20 @@ def _one(folder: Path, path: Path, options: Options, payload: tuple[str, ...]) -
     """Open one of the files of a folder as a store of its rows."""
     store = ParquetFolder.__new__(ParquetFolder)
     store._folder, store._options, store._payload = folder, options, payload
-    uri = f"{SCHEME}{path}{options.text}"
+    uri = options.address(path)
     Parted.__init__(store, uri, folder, [ParquetFile(path, options)], [0])
     return store
 
 
 def _parse(uri: str) -> tuple[Path, Options]:
-    place, _, query = uri.removeprefix(SCHEME).partition("?")
-    known = {"id", "vector", "metric"}
+    place, options = parse_address(uri, Options._fields)
     try:
-        options = dict(parse_qsl(query, strict_parsing=bool(query)))
-        wrong = sorted(set(options) - known)
-        if wrong:
-            raise ValueError(f"{wrong[0]} is unknown")
         metric = Metric(options.pop("metric", "cosine"))
     except ValueError as error:
         raise ConfigError(
-            f"{SCHEME}{place}: {error}; options after the question mark are id=COLUMN, "
-            "vector=COLUMN and metric=cosine, dot or euclid"
+            f"{SCHEME}:{place}: {error}; after the question mark, metric is cosine, dot or euclid"
         ) from None
-    return Path(unquote(place)), Options(**options, metric=metric)
+    return Path(place), Options(**options, metric=metric)
 
 
 def _refuse_managed(folder: Path, uri: str) -> None:

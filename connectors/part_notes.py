@@ -6,14 +6,13 @@ was refined by itself before the others were.
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from simskip_vdb.connectors.notes import read_note
 from simskip_vdb.datatypes import StoreInfo
-from simskip_vdb.durable import disk_errors
+from simskip_vdb.durable import beside, disk_errors, has_file, json_of
 from simskip_vdb.errors import ConfigError, StoreError
 
 
@@ -54,11 +53,11 @@ def refuse_refined(part: StoreInfo) -> None:
     """
     assert part.state is not None
     manifest = part.state / "manifest.json"
-    refined = (part.state / "state-is-elsewhere").is_file()
-    if manifest.is_file():
+    refined = has_file(part.state / "state-is-elsewhere")
+    if has_file(manifest):
         try:
             with disk_errors(manifest):
-                held = json.loads(manifest.read_bytes())
+                held = json_of(manifest.read_bytes())
             refined |= any(held[name] is not None for name in ("current", "pending"))
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{manifest} cannot be read ({error})") from error
@@ -71,4 +70,4 @@ def refuse_refined(part: StoreInfo) -> None:
 
 def note_file(path: Path) -> Path:
     """Return where the note on a part is."""
-    return path.with_name(f".{path.name}.simskip-part")
+    return beside(path, ".simskip-part", hidden=True)

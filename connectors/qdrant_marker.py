@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from qdrant_client import QdrantClient, models
 
 from simskip_vdb.connectors.notes import read_note, write_note
 from simskip_vdb.connectors.qdrant_calls import Calls
+from simskip_vdb.durable import json_of
 from simskip_vdb.errors import ConfigError
 
 _KEY, CLAIM = "simskip", "simskip-claim"
@@ -72,7 +72,7 @@ def refuse_older(calls: Calls) -> None:
     path = calls.client.init_options["path"]
     if path is None:
         return
-    written = json.loads((Path(path) / _META).read_text(encoding="utf-8"))["collections"]
+    written = json_of((Path(path) / _META).read_text(encoding="utf-8"))["collections"]
     for name, config in written.items():
         try:
             known = models.CreateCollection(**config).model_dump(mode="json")

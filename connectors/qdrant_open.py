@@ -11,9 +11,9 @@ from urllib.parse import quote, urlsplit
 import platformdirs
 from qdrant_client import QdrantClient
 
+from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.qdrant_calls import translated
 from simskip_vdb.connectors.qdrant_pickles import refuse_code
-from simskip_vdb.connectors.qdrant_points import parse_address
 from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError
 
 LOCAL = "qdrant-local"
@@ -60,23 +60,22 @@ def open_address(uri: str) -> Target:
             "environment variable QDRANT_API_KEY"
         )
     if scheme == LOCAL:
-        address = parse_address(uri, ("collection", *_COMMON))
-        collection = address.options.get("collection", "")
+        place, options = parse_address(uri, ("collection", *_COMMON))
+        collection = options.get("collection", "")
         where = f"{LOCAL}:PATH?collection=NAME"
-        place = address.place
     else:
-        address = parse_address(uri, ("grpc", "grpc_port", *_COMMON))
-        place, _, collection = address.place.removeprefix("//").rpartition("/")
+        place, options = parse_address(uri, ("grpc", "grpc_port", *_COMMON))
+        place, _, collection = place.removeprefix("//").rpartition("/")
         where = f"{scheme}://HOST:PORT/COLLECTION"
     if not place or not collection:
         raise ConfigError(f"{uri.partition('?')[0]}: write the address as {where}")
     return Target(
-        client=_local(place) if scheme == LOCAL else _remote(scheme, place, address.options),
+        client=_local(place) if scheme == LOCAL else _remote(scheme, place, options),
         collection=collection,
-        vector=address.vector,
-        batch_delay=_number(address.options, "batch_delay", 0.0),
-        shard_key=address.options.get("shard_key"),
-        filter=address.options.get("filter"),
+        vector=options.get("vector"),
+        batch_delay=_number(options, "batch_delay", 0.0),
+        shard_key=options.get("shard_key"),
+        filter=options.get("filter"),
     )
 
 
@@ -93,14 +92,13 @@ def uri_of(
     options = client.init_options
     local = options["path"] is not None
     shown = {"collection": collection if local else "", "vector": vector, "filter": filter_json}
-    query = "&".join(f"{name}={quote(value)}" for name, value in shown.items() if value)
-    query = f"?{query}" if query else ""
     if local:
-        return f"{LOCAL}:{options['path']}{query}"
+        return address_of(LOCAL, options["path"], shown)
     if options["location"] == ":memory:":
-        return f"qdrant::memory:/{collection}{query}"
+        return address_of("qdrant", f":memory:/{collection}", shown)
     scheme, host = _endpoint(client)
-    return f"{'qdrant+https' if scheme == 'https' else 'qdrant'}://{host}/{collection}{query}"
+    scheme = "qdrant+https" if scheme == "https" else "qdrant"
+    return address_of(scheme, f"//{host}/{collection}", shown)
 
 
 def state_of(client: QdrantClient, collection: str, label: str) -> Path | None:
@@ -139,12 +137,18 @@ def _remote(scheme: str, place: str, options: Mapping[str, str]) -> QdrantClient
     grpc = options.get("grpc", "false").lower()
     if grpc not in ("true", "false"):
         raise ConfigError(f"{scheme}://{place}: grpc is true or false, not {grpc}")
+    key = os.environ.get("QDRANT_API_KEY") or None
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "QDRANT_API_KEY holds a sign that no key can have, such as a line break or an umlaut; "
+            "copy the key once more"
+        )
     return QdrantClient(
         url=url,
         port=port or _PORT,
         prefer_grpc=grpc == "true",
         grpc_port=int(_number(options, "grpc_port", _GRPC_PORT)),
-        api_key=os.environ.get("QDRANT_API_KEY") or None,
+        api_key=key,
         timeout=_TIMEOUT,
         check_compatibility=False,
     )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import quote
 from uuid import UUID
 
 import numpy as np
 
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric
+from simskip_vdb.durable import json_of
 from simskip_vdb.errors import ConfigError, UnsupportedIndexError
 from simskip_vdb.store import BESIDE
 
@@ -22,47 +22,6 @@ F32_ROUNDING, F16_ROUNDING = 1e-5, 2e-3
 
 _METRICS = {"cosine": Metric.COSINE, "dot": Metric.DOT, "euclid": Metric.EUCLID}
 _ROUNDINGS = {"float32": F32_ROUNDING, "float16": F16_ROUNDING}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Address:
-    """A URI taken apart.
-
-    Attributes:
-        place: What stands between the scheme and the question mark.
-        vector: Name of the vector; empty for the unnamed one, None where none was given.
-        options: Everything else after the question mark.
-    """
-
-    place: str
-    vector: str | None
-    options: Mapping[str, str]
-
-
-def parse_address(uri: str, known: Iterable[str] = ()) -> Address:
-    """Take ``SCHEME:PLACE?vector=NAME&…`` apart.
-
-    Args:
-        uri: The address.
-        known: Options besides ``vector``.
-
-    Raises:
-        ConfigError: An option is unknown, has no value or comes twice.
-    """
-    place, _, query = uri.partition(":")[2].partition("?")
-    shown = uri.partition("?")[0]  # what stands behind may be a secret
-    try:
-        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
-    except ValueError:
-        raise ConfigError(f"{shown}: options after the question mark are NAME=VALUE") from None
-    options = dict(pairs)
-    unknown = set(options) - {"vector", *known}
-    if unknown or len(options) < len(pairs):
-        wrong = sorted(unknown) or "one option twice"
-        raise ConfigError(
-            f"{shown}: {wrong} after the question mark; known: {', '.join(('vector', *known))}"
-        )
-    return Address(place=unquote(place), vector=options.pop("vector", None), options=options)
 
 
 def to_ids(points: Iterable[int | str | UUID]) -> Ids:
@@ -134,7 +93,7 @@ def parse_filter(text: str | None) -> Mapping[str, Any] | None:
         return None
     if text.lstrip().startswith("{"):
         try:
-            found: Mapping[str, Any] = json.loads(text)
+            found: Mapping[str, Any] = json_of(text)
         except ValueError as error:
             raise ConfigError(f"--filter is not JSON: {error}; got {text}") from None
         return found
@@ -142,7 +101,7 @@ def parse_filter(text: str | None) -> Mapping[str, Any] | None:
     if not equals or not field:
         raise ConfigError(f"--filter is a Qdrant filter in JSON, or FIELD=VALUE; got {text}")
     with suppress(ValueError):
-        value = json.loads(value)
+        value = json_of(value)
     return {"must": [{"key": field, "match": {"value": value}}]}
 
 
@@ -201,7 +160,7 @@ def _disjoint(one: str | None, other: str | None) -> bool:
 
 
 def _only_match(text: str | None) -> tuple[str, object] | None:
-    found = {} if text is None else json.loads(text)
+    found = {} if text is None else json_of(text)
     must = found.get("must")
     if set(found) != {"must"} or not isinstance(must, list) or len(must) != 1:
         return None

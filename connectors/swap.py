@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from simskip_vdb.connectors.attributes import take_attributes
-from simskip_vdb.durable import disk_errors, make_durable, sha256_of
+from simskip_vdb.durable import beside, disk_errors, make_durable, sha256_of
 from simskip_vdb.errors import StoreChangedError, StoreError
 
 NEW = "simskip-new"
 """Ends the names of files that are being written, before what tells them apart."""
+_MARK = "00000000"
 
 
 class Identity(NamedTuple):
@@ -35,15 +36,20 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
+def _staged(target: Path, mark: str) -> Path:
+    return beside(target, f".{NEW}-{mark}", hidden=True)
+
+
 def leftovers(target: Path) -> list[Path]:
     """Return the files that `staged` made beside a file for runs that were killed."""
-    return sorted(target.parent.glob(glob.escape(f".{target.name}.{NEW}") + "*"))
+    name = _staged(target, _MARK).name.removesuffix(f"-{_MARK}")
+    return sorted(target.parent.glob(glob.escape(name) + "*"))
 
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Make a private, empty file beside `target`, of a name of its own, and leave none behind."""
-    temporary = target.with_name(f".{target.name}.{NEW}-{uuid.uuid4().hex[:8]}")
+    temporary = _staged(target, uuid.uuid4().hex[: len(_MARK)])
     with disk_errors(target):
         # Readable for nobody else until it has the target's mode.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))

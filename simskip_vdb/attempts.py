@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from simskip_vdb.durable import write_durably
+from simskip_vdb.durable import has_file, json_of, write_durably
 from simskip_vdb.errors import JournalError
 from simskip_vdb.judgments import Judgments, QuerySet
 
@@ -46,10 +46,10 @@ class Attempt:
             JournalError: The file is damaged, or a newer version wrote it.
         """
         path = folder / FILE
-        if not path.is_file():
+        if not has_file(path):
             return None
         try:
-            data = json.loads(path.read_bytes())
+            data = json_of(path.read_bytes())
             if data.pop("schema") != SCHEMA:
                 raise ValueError("a newer version wrote it; upgrade simskip-vdb")
             found = cls(**data)

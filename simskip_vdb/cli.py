@@ -85,6 +85,11 @@ def main() -> None:
     except SimskipError as error:
         _tell(f"error: {error}", err=True)
         code = _fail(str(error), type(error).__name__, error.exit_code)
+    except OSError as error:
+        logging.getLogger(__name__).info("it happened here:", exc_info=True)
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _tell(f"error: {message}; what a run had begun, the same command takes up", err=True)
+        code = _fail(message, type(error).__name__, SimskipError.exit_code)
     except Exception as error:  # a defect: the traceback is for its report
         traceback.print_exc()
         code = _fail(str(error), type(error).__name__, SimskipError.exit_code)

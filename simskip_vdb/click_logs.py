@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
@@ -13,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Vectors
+from simskip_vdb.durable import json_of
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
-from simskip_vdb.parsing import HIGHEST_GRADE, as_float32, malformed, open_text
+from simskip_vdb.parsing import HIGHEST_GRADE, as_float32, lines_of, malformed
 
 WITH_VECTORS = (".jsonl", ".jsonl.gz", ".parquet")
 """Endings of logs of queries and clicks."""
@@ -81,9 +81,11 @@ def _jsonl(path: Path) -> Iterator[LogBlock]:
         records = []
         for number, line in lines:
             try:
-                records.append(_record(json.loads(line)))
-            except json.JSONDecodeError as error:
-                malformed(path, number, f"it is not JSON ({error.msg} at column {error.colno})")
+                record = json_of(line)
+            except ValueError as error:
+                malformed(path, number, f"it is not JSON ({error})")
+            try:
+                records.append(_record(record))
             except ValueError as error:
                 malformed(path, number, str(error))
             length = len(records[-1][1])
@@ -96,10 +98,9 @@ def _jsonl(path: Path) -> Iterator[LogBlock]:
 
 def _lines(path: Path) -> Iterator[list[tuple[int, str]]]:
     """Yield lines that are not blank with their index, some at a time."""
-    with open_text(path) as file:
-        lines = ((number, line) for number, line in enumerate(file) if line.strip())
-        while part := list(islice(lines, _LINES)):
-            yield part
+    lines = ((number, line) for number, line in enumerate(lines_of(path)) if line.strip())
+    while part := list(islice(lines, _LINES)):
+        yield part
 
 
 def _record(record: Any) -> _Record:  # noqa: ANN401 any JSON

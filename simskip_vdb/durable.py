@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from simskip_vdb.errors import StoreError
+
+_LONGEST_NAME = 255
+"""Bytes."""
 
 
 def sha256_of(path: Path) -> str:
@@ -26,17 +32,30 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
+def write_durably(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Replace a small file so that a kill leaves the old one or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open_private(temporary) if private else open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         make_durable(path.parent)
+
+
+def open_private(path: Path) -> IO[bytes]:
+    """Open a new file for what not everybody may read who can enter its folder.
+
+    The group may where the folder is one that it may write: who writes there must read there.
+    """
+    shared = bool(path.parent.stat().st_mode & stat.S_IWGRP)
+    path.unlink(missing_ok=True)  # as it was made, its mode would stay
+    file = open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+    if shared:
+        path.chmod(0o660)
+    return file
 
 
 def make_durable(path: Path) -> None:
@@ -46,6 +65,67 @@ def make_durable(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def beside(path: Path, ending: str, *, hidden: bool = False) -> Path:
+    """Return the path of what is ours beside a file or folder, named after it.
+
+    A name that would be too long for that is shortened; a hidden file's leaves room for ``.tmp``.
+    """
+    dot, room = ("." if hidden else ""), _LONGEST_NAME - (len(".tmp") if hidden else 0)
+    name = os.fsencode(path.name)
+    over = len(os.fsencode(dot + ending)) + len(name) - room
+    if over <= 0:
+        return path.with_name(f"{dot}{path.name}{ending}")
+    mark = f"…{hashlib.sha256(name).hexdigest()[:12]}"
+    start = name[: -over - len(mark.encode())].decode(errors="ignore")
+    return path.with_name(f"{dot}{start}{mark}{ending}")
+
+
+def has_file(path: Path) -> bool:
+    """Tell whether a file is there; none is where its name would be too long.
+
+    Raises:
+        StoreError: This user may not look there.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        _check_absent(path, error)
+        return False
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names of what is in a folder; none where there is no folder.
+
+    Raises:
+        StoreError: This user may not look there.
+    """
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        _check_absent(folder, error)
+        return []
+
+
+def _check_absent(path: Path, error: OSError) -> None:
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+        raise StoreError(
+            f"{path}: {error.strerror}; run as the user who may read it, such as the one who "
+            "refined the index, or have that one allow it"
+        ) from error
+
+
+def json_of(data: bytes | str) -> Any:  # noqa: ANN401 whatever it holds
+    """Read JSON.
+
+    Raises:
+        ValueError: It is none, or nested without end.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def free_bytes(folder: Path) -> int:

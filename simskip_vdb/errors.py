@@ -21,11 +21,18 @@ A refused gate is a result, not an error.
 
 from __future__ import annotations
 
+LONGEST = 4000
+"""Characters of a message: what a library says of a damaged file may be as long as the file."""
+
 
 class SimskipError(Exception):
     """Base of every error raised on purpose."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        over = len(message) - LONGEST
+        super().__init__(message[:LONGEST] + f"… ({over:,} characters more)" * (over > 0))
 
 
 class ConfigError(SimskipError, ValueError):

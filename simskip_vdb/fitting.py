@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Progress, Side, Split
+from simskip_vdb.durable import json_of
 from simskip_vdb.evaluation import late_row_share
 from simskip_vdb.gate import LateRows
 from simskip_vdb.measuring import Measured, judgments_digest, learnt_from, measure
@@ -371,7 +372,7 @@ def _info(fitted: Fitted, key: str) -> dict[str, Any]:
 def _recall(folder: Path, key: str) -> Refiner | None:
     for settings in sorted(folder.glob("*/refiner.json")):
         try:
-            known = json.loads(settings.read_bytes())["info"].get("fit_key")
+            known = json_of(settings.read_bytes())["info"].get("fit_key")
         except (ValueError, KeyError, AttributeError):
             continue
         if known == key:

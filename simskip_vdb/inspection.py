@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, id_names, silent
+from simskip_vdb.errors import JournalError, StoreError
 from simskip_vdb.report import number
 from simskip_vdb.rows import row_digests
 from simskip_vdb.search import exact_search
@@ -43,7 +44,7 @@ def inspect(
     for batch in store.scan(SCAN_ROWS):
         tally.add(batch)
         progress("inspect", tally.rows, info.count)
-    past = status(store, state=state)
+    past, problem = _past(store, state)
     return {
         "schema": 1,
         "index": info.uri,
@@ -60,8 +61,17 @@ def inspect(
         "bad_rows": tally.bad_rows(),
         "hubness": _hubness(tally.sample(), info.metric.value),
         "refined": past["refined"],
+        "state_problem": problem,
         "next": _next_steps(info, tally, past),
     }
+
+
+def _past(store: VectorStore, state: Path | None) -> tuple[Mapping[str, Any], str | None]:
+    """Return what was done to an index; and why, where its state does not tell."""
+    try:
+        return status(store, state=state), None
+    except (StoreError, JournalError) as error:
+        return {"refined": None, "copy_of": None}, str(error)
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -93,6 +103,8 @@ def render(result: Mapping[str, Any]) -> str:
             f"hubness      skewness {hub['skewness']:.2f}; the top 1 % of rows fill "
             f"{number(hub['top_percent_share'])} of all top-{NEIGHBOURS} places"
         )
+    if result["state_problem"] is not None:
+        lines.append(f"state        {result['state_problem']}")
     lines += ["", "next:", *(f"  {step}" for step in result["next"])]
     return "\n".join(lines)
 

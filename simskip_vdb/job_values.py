@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from simskip_vdb.connectors import known_schemes, scheme_of
+from simskip_vdb.connectors.addresses import address_of
 from simskip_vdb.redaction import holds_secret, redacted
 
 Kind = Callable[[object, Path], object]
@@ -213,7 +214,7 @@ def address(value: object, base: Path) -> str:
     if scheme not in ("parquet", "qdrant-edge", "qdrant-local"):
         return uri
     place, mark, options = uri.partition(":")[2].partition("?")
-    return f"{scheme}:{quote(str(path_to(unquote(place), base)))}{mark}{options}"
+    return address_of(scheme, str(path_to(unquote(place), base)), {}) + mark + options
 
 
 def originals(value: object, base: Path) -> str:

@@ -26,6 +26,7 @@ decided by looking at the index: at its file, or, where rows are written one by 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -40,13 +41,24 @@ from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
 from simskip_vdb.claims import HOLDER, LOCK, Claim, StoreClaim
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
-from simskip_vdb.durable import HashingFile, disk_errors, make_durable, sha256_of, write_durably
-from simskip_vdb.errors import JournalError
+from simskip_vdb.durable import (
+    HashingFile,
+    disk_errors,
+    has_file,
+    json_of,
+    make_durable,
+    names_in,
+    open_private,
+    sha256_of,
+    write_durably,
+)
+from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.fence import shut_out
 from simskip_vdb.manifest import (
     IN_PLACE,
@@ -60,6 +72,7 @@ from simskip_vdb.manifest import (
     ref_from,
 )
 from simskip_vdb.overlap import behind
+from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import (
     Digests,
     Rows,
@@ -205,7 +218,7 @@ class Journal:
         note = store.marker() if isinstance(store, Marked) else None
         if note is None:
             return
-        known = (self.folder / "manifest.json").is_file()
+        known = has_file(self.folder / "manifest.json")
         if not known or note.get("state") != self.manifest.state_id:
             raise JournalError(
                 f"{store.info().uri} is marked as refined by {note.get('refiner')}, but the state "
@@ -226,6 +239,19 @@ class Journal:
     def refiners(self) -> Path:
         """Folder of fitted refiners, one a subfolder named by id."""
         return self.folder / "refiners"
+
+    def refiner(self, name: str) -> Refiner:
+        """Return the refiner of this id.
+
+        Raises:
+            JournalError: It is missing or damaged.
+        """
+        folder = self.refiners / name
+        try:
+            return Refiner.load(folder)
+        except (ConfigError, DataError) as error:
+            why = str(error).partition(";")[0]
+            raise JournalError(f"{why}; restore the state folder from a backup") from error
 
     @property
     def fits(self) -> Path:
@@ -460,9 +486,11 @@ class Journal:
         batch = pa.record_batch(list(columns.values()), list(columns))
         batch = batch.replace_schema_metadata({"fingerprint": known.fingerprint})
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, batch.schema) as writer:
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
-        write_durably(self.refiners / refiner / KNOWN, sink.getvalue())
+        data = sink.getvalue().to_pybytes()
+        checked = data + hashlib.sha256(data).digest()
+        write_durably(self.refiners / refiner / KNOWN, checked, private=True)
 
     def known(self, refiner: str) -> Known | None:
         """Return what `save_known` was given; None where it never was.
@@ -479,8 +507,7 @@ class Journal:
         if refiner in self._known and self._known[refiner][0] == seen:
             return self._known[refiner][1]
         try:
-            with pa.OSFile(str(path)) as source:
-                table = pa.ipc.open_file(source).read_all()
+            table = _checked_table(path.read_bytes())
             sketches = None
             if "sketch" in table.column_names:
                 flat = table["sketch"].combine_chunks().flatten().to_numpy()
@@ -551,15 +578,15 @@ class Journal:
     def _read_manifest(self) -> Manifest:
         path = self.folder / "manifest.json"
         info = self._info
-        if not path.is_file():
-            if self.folder.is_dir() and any(OURS.fullmatch(p.name) for p in self.folder.iterdir()):
+        if not has_file(path):
+            if any(map(OURS.fullmatch, names_in(self.folder))):
                 raise JournalError(
                     f"{path} is missing beside what it names, so nobody can tell originals from "
                     "refined rows; restore the state folder from a backup"
                 )
             return self._fresh()
         try:
-            data = json.loads(path.read_bytes())
+            data = json_of(path.read_bytes())
             schema = data.pop("schema")
             if schema != SCHEMA:
                 raise JournalError(
@@ -647,7 +674,7 @@ class Journal:
                 yield batch
                 rows += batch.num_rows
 
-        with disk_errors(self.folder), open(temporary, "wb") as file:
+        with disk_errors(self.folder), open_private(temporary) as file:
             sink = HashingFile(file)
             with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), first.schema) as writer:
                 behind(writer.write_batch, counted(chain([first], batches)))
@@ -682,6 +709,19 @@ class Journal:
                     log.info("%s cannot be removed: %s", file, error)
 
 
+def _checked_table(data: bytes) -> Any:  # noqa: ANN401 pyarrow
+    """Return what an Arrow stream holds, once the SHA-256 behind it was found right."""
+    import pyarrow as pa
+
+    if data.startswith(b"ARROW1"):  # an earlier version's, which had none
+        table = pa.ipc.open_file(pa.py_buffer(data)).read_all()
+        table.validate(full=True)
+        return table
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError("its checksum differs")
+    return pa.ipc.open_stream(pa.py_buffer(data)).read_all()
+
+
 def _seen(path: Path) -> tuple[int, ...]:
     """Tell a file from one that was written since."""
     found = path.stat()
@@ -691,4 +731,5 @@ def _seen(path: Path) -> tuple[int, ...]:
 def _still_there(uri: str) -> bool:
     """Tell whether an index that was moved could be at its old address; a server always could."""
     place = (uri.partition(":")[2] or uri).partition("?")[0]
-    return place.startswith("//") or Path(place).exists() or bool(glob(place))
+    paths = (place, unquote(place))
+    return place.startswith("//") or any(Path(path).exists() or glob(path) for path in paths)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.datatypes import Split
-from simskip_vdb.durable import write_durably
+from simskip_vdb.durable import has_file, json_of, write_durably
 from simskip_vdb.errors import JournalError
 
 
@@ -27,9 +27,9 @@ class Ledger:
         self.splits: dict[str, str] = {}
         self.looked: dict[str, int] = {}
         self.looks: list[dict[str, Any]] = []
-        if self._path.is_file():
+        if has_file(self._path):
             try:
-                data = json.loads(self._path.read_bytes())
+                data = json_of(self._path.read_bytes())
                 self.splits, self.looked, self.looks = _checked(data)
             except (ValueError, KeyError, TypeError) as error:
                 raise JournalError(

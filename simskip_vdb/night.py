@@ -92,7 +92,7 @@ def run_night(
             Runs(space.journal.folder).add(found)
             return found
         counted = changes(space)
-        refiner = Refiner.load(space.journal.refiners / pending.refiner)
+        refiner = space.journal.refiner(pending.refiner)
         report = finish(space, refiner, space.journal.refiners / refiner.id, progress)
         if report is not None:
             outcome = "restored" if report.exit_code else "written"
@@ -273,7 +273,7 @@ def _compare(space: Workspace, seen: Mask, came: Mask, test: int) -> Drift | Non
 
 def _current(space: Workspace) -> Refiner | None:
     write = space.current
-    return None if write is None else Refiner.load(space.journal.refiners / write.refiner)
+    return None if write is None else space.journal.refiner(write.refiner)
 
 
 def _moved(counted: Mapping[str, int]) -> bool:

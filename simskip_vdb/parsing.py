@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, count, islice, repeat
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -15,10 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Ids, Vectors, id_names
+from simskip_vdb.durable import json_of
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
 
 HIGHEST_GRADE = 1000
 """trec_eval allocates a counter for every grade up to the highest."""
+LONGEST_LINE = 1 << 24
+"""Characters: a long vector fits, and not the gigabyte of one sign that a small gzip can hold."""
+_BLOCK, _PENDING = 1 << 14, 1 << 20
+"""Lines that are read at a time, and that are kept before repeated ones are dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,12 +35,14 @@ class Qrels:
         query_ids: Query of each judgment, length j.
         doc_ids: External document id of each judgment, length j.
         grades: Shape (j,), int32, 0 to `HIGHEST_GRADE`; negative grades have become 0.
+        repeated: How many more lines there were, each equal to one of these.
     """
 
     source: str
     query_ids: list[str]
     doc_ids: list[str]
     grades: NDArray[np.int32]
+    repeated: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,13 +70,13 @@ def read_vectors(path: Path) -> Vectors:
     """
     with _opened(path):
         try:
-            array = np.load(path, allow_pickle=False)
+            array = np.load(path, mmap_mode="r", allow_pickle=False)  # it claims what it holds
         except (ValueError, EOFError) as error:
             raise DataError(f"{path} is not a .npy file of numbers: {error}") from error
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         found = f"{getattr(array, 'dtype', type(array))} of shape {getattr(array, 'shape', '?')}"
         raise DataError(f"{path} holds {found}; query vectors are floats of shape (m, d)")
-    return as_float32(array)
+    return as_float32(np.array(array))
 
 
 def read_query_table(path: Path) -> tuple[list[str], Vectors]:
@@ -91,10 +98,8 @@ def read_lines(path: Path) -> list[str]:
         ConfigError: There is no such file.
         DataError: It is not UTF-8, or a line before the last value is blank.
     """
-    with open_text(path) as file:
-        values = [line.strip() for line in file]
-    while values and not values[-1]:
-        values.pop()
+    known: dict[str, str] = {}
+    values = [known.setdefault(line, line) for line in map(str.strip, _lines_of(path))]
     if "" in values:
         malformed(path, values.index(""), "it is blank")
     return values
@@ -131,31 +136,77 @@ def read_qrels(path: Path) -> Qrels:
         ConfigError: There is no such file.
         DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
     """
-    with open_text(path) as file:
-        lines = [line.rstrip() for line in file]
-    while lines and not lines[-1]:
-        lines.pop()
-    if not lines:
+    lines = _lines_of(path)
+    head = next(lines, "")
+    if not head:
         raise DataError(f"{path} is empty; judgments are TREC (4 columns) or BEIR TSV (3 columns)")
-    head = lines[0].split("\t")
-    if len(head) == 3:
-        skipped = int(head[2].strip().lower() == "score")
-        rows = [line.split("\t") for line in lines[skipped:]]
-        _check_widths(path, rows, skipped, 3, "query-id<TAB>corpus-id<TAB>score (BEIR)")
+    columns = head.split("\t")
+    beir = len(columns) == 3
+    skipped = int(beir and columns[2].strip().lower() == "score")
+    judged, number = _Judged(), skipped
+    if not skipped:
+        lines = chain([head], lines)
+    while block := list(islice(lines, _BLOCK)):
+        judged.add(*_columns(path, block, number, beir=beir))
+        number += len(block)
+    return judged.qrels(str(path))
+
+
+def _columns(
+    path: Path, lines: Sequence[str], before: int, *, beir: bool
+) -> tuple[list[str], list[str], NDArray[np.int32]]:
+    """Return queries, documents and grades of lines that `before` others precede."""
+    if beir:
+        rows = [line.split("\t") for line in lines]
+        _check_widths(path, rows, before, 3, "query-id<TAB>corpus-id<TAB>score (BEIR)")
     else:
-        skipped = 0
         rows = [line.split() for line in lines]
-        _check_widths(path, rows, skipped, 4, "query iteration document grade (TREC)")
-    grades = _integers(path, [row[-1] for row in rows], skipped, "grade", np.int32)
+        _check_widths(path, rows, before, 4, "query iteration document grade (TREC)")
+    grades = _integers(path, [row[-1] for row in rows], before, "grade", np.int32)
     too_high = np.flatnonzero(grades > HIGHEST_GRADE)
     if len(too_high):
-        malformed(path, int(too_high[0]) + skipped, f"a grade is above {HIGHEST_GRADE}")
-    return Qrels(
-        source=str(path),
-        query_ids=[row[0].strip() for row in rows],
-        doc_ids=[row[-2].strip() for row in rows],
-        grades=np.maximum(grades, 0).astype(np.int32),
-    )
+        malformed(path, int(too_high[0]) + before, f"a grade is above {HIGHEST_GRADE}")
+    return [row[0].strip() for row in rows], [row[-2].strip() for row in rows], grades
+
+
+class _Judged:
+    """Judgments as they are read: a name once, and a line once, however often they come."""
+
+    def __init__(self) -> None:
+        self._queries: dict[str, int] = {}
+        self._docs: dict[str, int] = {}
+        self._parts: list[NDArray[np.int32]] = []
+        self._lines = 0
+
+    def add(self, queries: Sequence[str], docs: Sequence[str], grades: NDArray[np.int32]) -> None:
+        """Add some lines."""
+        owners = [self._queries.setdefault(name, len(self._queries)) for name in queries]
+        places = [self._docs.setdefault(name, len(self._docs)) for name in docs]
+        self._parts.append(np.array([owners, places, np.maximum(grades, 0)], np.int32))
+        self._lines += len(queries)
+        if sum(part.shape[1] for part in self._parts[1:]) > _PENDING:
+            self._parts = [_once(self._parts)]
+
+    def qrels(self, source: str) -> Qrels:
+        """Return them in the order of the file."""
+        queries, docs = list(self._queries), list(self._docs)
+        owners, places, grades = found = _once(self._parts)
+        return Qrels(
+            source=source,
+            query_ids=[queries[i] for i in owners.tolist()],
+            doc_ids=[docs[i] for i in places.tolist()],
+            grades=grades.copy(),
+            repeated=self._lines - found.shape[1],
+        )
+
+
+def _once(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Return columns without those that equal an earlier one."""
+    together = np.concatenate([np.empty((3, 0), np.int32), *parts], axis=1)
+    order = np.lexsort(together)
+    again = (np.diff(together[:, order]) == 0).all(axis=0)
+    first = order[np.concatenate([[True], ~again])[: len(order)]]
+    return together[:, np.sort(first)]
 
 
 @contextmanager
@@ -182,6 +233,28 @@ def open_text(path: Path) -> Iterator[TextIO]:
             raise DataError(f"{path} is not UTF-8 text: {error}") from error
         except (EOFError, zlib.error) as error:
             raise DataError(f"{path} is a damaged gzip file: {error}") from error
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """Yield the lines of a text, plain or gzipped, none of them longer than `LONGEST_LINE`."""
+    with open_text(path) as file:
+        for number in count():
+            line = file.readline(LONGEST_LINE + 1)
+            if not line:
+                return
+            if len(line) > LONGEST_LINE:
+                malformed(path, number, f"it has more than {LONGEST_LINE:,} characters")
+            yield line
+
+
+def _lines_of(path: Path) -> Iterator[str]:
+    """Yield lines without white space behind them, and without blank lines behind the last."""
+    blank = 0
+    for line in map(str.rstrip, lines_of(path)):
+        if line:
+            yield from repeat("", blank)
+            yield line
+        blank = 0 if line else blank + 1
 
 
 def malformed(path: Path, index: int, why: str) -> NoReturn:
@@ -250,18 +323,17 @@ def _read_parquet(path: Path) -> tuple[list[str], Vectors]:
 def _read_jsonl(path: Path) -> tuple[list[str], Vectors]:
     ids: list[str] = []
     vectors: list[NDArray[np.float64]] = []
-    with open_text(path) as file:
-        for number, line in enumerate(file):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                ids.append(str(record["id"]))
-                vectors.append(np.array(record["vector"], dtype=np.float64))
-            except (ValueError, TypeError, KeyError) as error:
-                malformed(path, number, f'it is not {{"id": …, "vector": [numbers]}} ({error!r})')
-            if vectors[-1].shape != vectors[0].shape or vectors[-1].ndim != 1:
-                malformed(path, number, f"its vector has shape {vectors[-1].shape}")
+    for number, line in enumerate(lines_of(path)):
+        if not line.strip():
+            continue
+        try:
+            record = json_of(line)
+            ids.append(str(record["id"]))
+            vectors.append(np.array(record["vector"], dtype=np.float64))
+        except (ValueError, TypeError, KeyError) as error:
+            malformed(path, number, f'it is not {{"id": …, "vector": [numbers]}} ({error!r})')
+        if vectors[-1].shape != vectors[0].shape or vectors[-1].ndim != 1:
+            malformed(path, number, f"its vector has shape {vectors[-1].shape}")
     if not vectors:
         raise DataError(f"{path} has no rows")
     return ids, as_float32(np.stack(vectors))

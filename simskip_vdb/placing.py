@@ -35,7 +35,8 @@ class Note:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.source}: {self.count} {self.what}, such as {', '.join(self.examples)}"
+        such = f", such as {', '.join(self.examples)}" if self.examples else ""
+        return f"{self.source}: {self.count} {self.what}{such}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
@@ -56,6 +57,11 @@ class Notes:
             shown = id_names(np.array(chosen)) if isinstance(names, np.ndarray) else chosen
             examples = tuple(dict.fromkeys(shown))[:3]
             self.all.append(Note(source=source, what=what, count=len(places), examples=examples))
+
+    def count(self, source: str, what: str, count: int) -> None:
+        """Note how many were skipped, if any."""
+        if count:
+            self.all.append(Note(source=source, what=what, count=count, examples=()))
 
 
 class RowSource(Protocol):
@@ -209,9 +215,7 @@ def _judge_by_qrels(given: QuerySet, qrels: Qrels, places: Places, notes: Notes)
             f"{qrels.source}: query {qrels.query_ids[one]!r} and document {qrels.doc_ids[one]!r} "
             f"are judged {qrels.grades[one]} and {qrels.grades[other]}; keep one grade for a pair"
         )
-    repeated = np.zeros(len(qrels.query_ids), np.bool_)
-    repeated[known[again]] = True
-    notes.add(qrels.source, "repeated judgments, as of query", qrels.query_ids, repeated)
+    notes.count(qrels.source, "repeated judgments", qrels.repeated + int(again.sum()))
     return JudgedQueries(
         ids=given.ids,
         vectors=given.vectors,

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
-from simskip_vdb.durable import write_durably
+from simskip_vdb.durable import json_of, write_durably
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.markers import marker_of
 from simskip_vdb.moving import Formula, Layer
@@ -309,7 +309,7 @@ class Refiner:
         """
         folder = Path(folder)
         try:
-            settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+            settings = json_of((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
             schema = settings["schema"]
             if schema not in READ:
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,8 @@ from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal, Past, Write
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import Digests, Rows, ids_from_arrow, row_digests
 from simskip_vdb.store import VectorStore
+
+log = logging.getLogger(__name__)
 
 SCAN_ROWS = 8192
 
@@ -274,18 +277,33 @@ class WrittenRows:
         self._store, self._rounding = store, info.rounding
         self._rows = journal.open_originals(write)
         self._place = Lookup(self._rows.ids)
-        self._refiner = Refiner.load(journal.refiners / write.refiner)
-        self._fits = _fits(self._refiner, self._rows.ids)
+        self._refiner = self._maker(journal, write, exact=info.exact)
         self._digests: Digests = np.zeros(len(self._rows), np.uint64)
         if write.written is not None:
             ids, digests = journal.open_written(write.written)
             places = self._place.find(ids)
             self._digests[places[places >= 0]] = digests[places >= 0]
-        known = journal.known(write.refiner) if self._refiner.late is LateRule.RAW else None
+        raw = self._refiner is not None and self._refiner.late is LateRule.RAW
+        known = journal.known(write.refiner) if raw else None
         self._known = None if known is None else Lookup(known.ids)
         self._elsewhere: ByVector | None = None
         if info.positional:
             self._elsewhere = self._left(known=write.written is not None)
+
+    def _maker(self, journal: Journal, write: Write, *, exact: bool) -> Refiner | None:
+        """Return the refiner whose rows these are.
+
+        None where it cannot have made anything of rows with such ids; and where it is lost, and
+        digests tell without it.
+        """
+        try:
+            refiner = journal.refiner(write.refiner)
+        except JournalError as error:
+            if write.written is None or not exact:
+                raise
+            log.warning("%s. Rows are told by their digests alone", error)
+            return None
+        return refiner if _fits(refiner, self._rows.ids) else None
 
     def originals(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
         """Return each row's original, shape (b, d), and whether it is of this write, (b,)."""
@@ -323,15 +341,16 @@ class WrittenRows:
 
     def _left(self, *, known: bool) -> ByVector:
         """Return what finds rows by the vectors that the write left, or may have left."""
-        if known:
+        refiner = self._refiner
+        if known or refiner is None:
             places = np.flatnonzero(self._digests)
             return ByVector(self._rows, self._digests[places], places)
         alike = Alike(self._rows)
         digests, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
         for start, block in self._rows.blocks():
             ids = self._rows.ids[start : start + len(block)]
-            for late in (False, True) if self._fits else ():
-                refined = self._refiner.refine_rows(block, ids, np.full(len(block), late))
+            for late in (False, True):
+                refined = refiner.refine_rows(block, ids, np.full(len(block), late))
                 found = row_digests(refined)
                 moved = np.flatnonzero(found != row_digests(block))
                 digests.append(found[moved])
@@ -354,7 +373,7 @@ class WrittenRows:
     def _refined(self, batch: VectorBatch, originals: Vectors, rows: Positions) -> Mask:
         # Rows that acted as test queries were written as rows that arrive late are.
         found = np.zeros(len(rows), np.bool_)
-        if not len(rows) or not self._fits:
+        if not len(rows) or self._refiner is None:
             return found
         for late in (False, True):
             refined = self._refiner.refine_rows(

@@ -224,7 +224,7 @@ def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -
     if current is None:
         mark(target.store, None)
     else:
-        refiner = Refiner.load(journal.refiners / current.refiner)
+        refiner = journal.refiner(current.refiner)
         mark(holding(target.store, current), _note(journal, refiner))
     journal.settle(happened=False)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from simskip_vdb.durable import write_durably
+from simskip_vdb.durable import json_of, write_durably
 from simskip_vdb.errors import JournalError
 
 SCHEMA = 1
@@ -110,7 +110,7 @@ def forecast(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
+        found = json_of(path.read_bytes())
         if found["schema"] != SCHEMA:
             raise ValueError("a newer version wrote it; upgrade simskip-vdb")
     except (ValueError, KeyError, TypeError) as error:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.attempts import Attempt
-from simskip_vdb.datatypes import Progress, silent
-from simskip_vdb.durable import write_durably
+from simskip_vdb.datatypes import Progress, StoreInfo, silent
+from simskip_vdb.durable import has_file, write_durably
 from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.ledger import Ledger
@@ -47,10 +47,9 @@ def rollback(
         JournalError: The state is damaged, or which original belongs where is ambiguous.
     """
     folder, info = state_folder(store, state), store.info()
-    if not (folder / "manifest.json").is_file():
-        raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
+    known = _known(folder, info)
     start = time.perf_counter()
-    with Journal(folder, info) as journal:
+    with known as journal:
         journal.check_marker(store)
         recover(store, journal)
         done = roll_back(store, journal, progress)
@@ -84,7 +83,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     """
     info = store.info()
     folder = state_folder(store, state)
-    known = (folder / "manifest.json").is_file()
+    known = has_file(folder / "manifest.json")
     journal = Journal(folder, info)
     current, pending = journal.manifest.current, journal.manifest.pending
     refined = None
@@ -142,9 +141,8 @@ def prune(
         JournalError: The state is damaged or in use.
     """
     folder, info = state_folder(store, state), store.info()
-    if not (folder / "manifest.json").is_file():
-        raise ConfigError(f"{info.uri} was never refined: there is no {folder}")
-    with Journal(folder, info) as journal:
+    known = _known(folder, info)
+    with known as journal:
         recover(store, journal)
         before = journal.size
         if refiners is not None:
@@ -181,6 +179,19 @@ def prune(
         "left": left,
         "notes": notes,
     }
+
+
+def _known(folder: Path, info: StoreInfo) -> Journal:
+    """Return the state of an index that has one.
+
+    Raises:
+        ConfigError: It has none.
+        JournalError: It is damaged.
+    """
+    journal = Journal(folder, info)
+    if not has_file(folder / "manifest.json"):
+        raise ConfigError(f"{info.uri} was never refined: there is no state in {folder}")
+    return journal
 
 
 def report(store: VectorStore, *, state: Path | None = None, markdown: bool = False) -> str:

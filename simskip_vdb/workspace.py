@@ -28,7 +28,7 @@ from simskip_vdb.datatypes import (
     Split,
     Vectors,
 )
-from simskip_vdb.durable import disk_errors, write_durably
+from simskip_vdb.durable import disk_errors, has_file, write_durably
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.evaluation import (
     DEFAULT_MEASURES,
@@ -384,7 +384,7 @@ def keep_refiner(refiner: Refiner, space: Workspace) -> Path:
     """Save a refiner in the state, and, the first time, which rows are there: it knows those."""
     folder = space.journal.refiners / refiner.id
     refiner.save(folder)
-    if not (folder / KNOWN).is_file():
+    if not has_file(folder / KNOWN):
         known = (space.rows.ids, space.digests, space.sketches)
         space.journal.save_known(refiner.id, *known)
     return folder
@@ -476,9 +476,9 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
             )
         return override.resolve()
     pointer = usual / POINTER
-    known = Path(pointer.read_text(encoding="utf-8")) if pointer.is_file() else usual
-    moved = override is not None and (override / "manifest.json").is_file()
-    if pointer.is_file() and not (known / "manifest.json").is_file() and not moved:
+    known = Path(pointer.read_text(encoding="utf-8")) if has_file(pointer) else usual
+    moved = override is not None and has_file(override / "manifest.json")
+    if has_file(pointer) and not has_file(known / "manifest.json") and not moved:
         raise JournalError(
             f"the state of {store.info().uri} was put in {known}, and is gone from there; bring it "
             f"back, mount its disk, or name the folder where it is now by --state. Only "
@@ -486,7 +486,7 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
         )
     if override is None:
         return known
-    if (known / "manifest.json").is_file() and override.resolve() != known.resolve():
+    if has_file(known / "manifest.json") and override.resolve() != known.resolve():
         raise ConfigError(
             f"{store.info().uri} has its state in {known}, with its originals and the looks at its "
             "test queries; leave --state out, or move that folder"
@@ -506,7 +506,7 @@ def forget_elsewhere(usual: Path | None) -> None:
     if usual is None:
         return
     pointer = usual / POINTER
-    if pointer.is_file():
+    if has_file(pointer):
         with disk_errors(pointer):
             pointer.unlink()
     with suppress(OSError):  # not there, or not empty

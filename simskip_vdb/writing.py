@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.datatypes import Progress, Split, Vectors
+from simskip_vdb.durable import beside
 from simskip_vdb.errors import JournalError
 from simskip_vdb.gate import Decision
 from simskip_vdb.journal import NEW_VECTOR, Journal, Write
@@ -162,7 +163,7 @@ def _mark_copy(
     summary: Mapping[str, Any],
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
-    state = output.with_name(output.name + ".simskip")
+    state = beside(output, ".simskip")
     with Journal(state, replace(candidate.info(), uri=f"faiss:{output}", state=state)) as journal:
         if journal.manifest.current is not None and journal.manifest.copy_of is None:
             raise JournalError(

@@ -1,21 +1,39 @@
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import flat, ivf, random_refiner
+from edge_shards import make, row_ids
 from faiss_files import KINDS, make_index, write
+from hypothesis import given
+from hypothesis import strategies as st
+from parquet_files import write_rows
+from qdrant_client import QdrantClient
+from qdrant_client.models import Distance, VectorParams
 
+import simskip_vdb as ss
 import simskip_vdb.connectors as connectors
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.connectors.memory import MemoryStore
 from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.datatypes import Metric
-from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError, StoreNotFoundError
+from simskip_vdb.errors import (
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    StoreError,
+    StoreNotFoundError,
+)
+from simskip_vdb.inspection import inspect
 
 
 @pytest.fixture
@@ -97,3 +115,87 @@ def test_memory_search_leaves_out_rows_that_do_not_compare() -> None:
     found = store.search(np.array([[2, 0]], np.float32), 4, {})
     assert found.ids.tolist() == [[10, 13, -1, -1]]
     np.testing.assert_allclose(found.scores[0, :2], [1, 0.5**0.5], rtol=1e-6)
+
+
+@given(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    st.dictionaries(st.sampled_from(["vector", "id"]), st.text(st.characters(codec="utf-8"))),
+)
+def test_an_address_leads_where_it_was_taken(place: str, options: dict[str, str]) -> None:
+    given = {name: value for name, value in options.items() if value}
+    uri = address_of("parquet", place, options)
+    assert parse_address(uri, ("vector", "id")) == (place, given)
+
+
+@pytest.mark.parametrize("name", ["a%20b", "50%25", "a?b", "a&b=c", "a#b", "a+b", "ä b", "x" * 245])
+@pytest.mark.parametrize("kind", ["faiss", "parquet", "edge", "local"])
+def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, name: str) -> None:
+    path, rows = tmp_path / name, np.eye(4, dtype=np.float32)
+    if kind == "faiss":
+        flat(path, rows)
+        uri = str(path)
+    elif kind == "parquet":
+        write_rows(path, np.arange(4), rows)
+        uri = address_of("parquet", str(path), {})
+    elif kind == "edge":
+        make(path, list(range(4)), rows)
+        uri = address_of("qdrant-edge", str(path), {})
+    else:
+        with closing(QdrantClient(path=str(path))) as client:
+            client.create_collection(
+                "c%d", vectors_config=VectorParams(size=4, distance=Distance.DOT)
+            )
+        uri = address_of("qdrant-local", str(path), {"collection": "c%d"})
+    shown = ""
+    for address in (uri, None):
+        store = open_store(address or shown, read_only=True)
+        shown = store.info().uri
+        assert store.info().dim == 4
+        getattr(store, "close", lambda: None)()
+
+
+@pytest.mark.parametrize("length", [200, 235, 243, 255])
+@pytest.mark.parametrize("kind", ["flat", "lists", "parquet", "edge"])
+def test_a_name_however_long_is_refined_and_restored(
+    tmp_path: Path, kind: str, length: int
+) -> None:
+    path, ids = tmp_path / ("x" * length), np.arange(200)
+    rows = np.random.default_rng(1).normal(size=(200, 4)).astype(np.float32)
+    scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(kind, "faiss")
+    options = {"metric": "dot"} if kind == "parquet" else {}
+    if kind == "flat":
+        flat(path, rows)
+    elif kind == "lists":
+        ivf(path, ids, rows)
+    elif kind == "parquet":
+        write_rows(path, ids, rows)
+    else:
+        make(path, ids.tolist(), rows)
+        ids = row_ids(ids.tolist())
+    random_refiner(4, ids, 1).save(tmp_path / "X")
+    settings = ss.Settings(refiner=tmp_path / "X", accept_unmeasured=True)
+    for command in (lambda s: ss.refine(s, ss.Judgments(), settings), ss.rollback):
+        store = open_store(address_of(scheme, str(path), options))
+        command(store)
+        (batch,) = store.scan(1000)
+        assert np.array_equal(batch.vectors, rows) == (command is ss.rollback)
+        getattr(store, "close", lambda: None)()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_reader_who_may_not_see_the_state_still_inspects(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(self: Path) -> bool:
+        if self.parent.suffix == ".simskip":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return is_file(self)
+
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", forbidden)
+    store = open_store(str(path), read_only=True)
+    assert "run as the user who may read it" in inspect(store)["state_problem"]
+    refiner = random_refiner(store.info().dim, np.arange(4), 1)
+    for look in (ss.status, refiner.check):
+        with pytest.raises(StoreError, match="Permission denied; run as the user"):
+            look(store)

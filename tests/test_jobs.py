@@ -61,7 +61,7 @@ metrics = 'simskip.prom'
 cost_per_hour = 2
 
 [jobs.products]
-index = "qdrant-edge:shards/my%20shard?vector=text"
+index = "qdrant-edge:shards/my shard?vector=text"
 queries = "q.npy"
 query_ids = "q.txt"
 qrels = "qrels.tsv"
@@ -92,7 +92,7 @@ retention.refiners = 0
         Job(
             name="products",
             line=5,
-            index=f"qdrant-edge:{base}/shards/my%20shard?vector=text",
+            index=f"qdrant-edge:{base}/shards/my shard?vector=text",
             files=JudgmentFiles(
                 queries=base / "q.npy", query_ids=base / "q.txt", qrels=base / "qrels.tsv"
             ),
@@ -174,7 +174,7 @@ def test_paths_in_an_index_start_from_the_file(
 def test_a_folder_with_marks_of_its_own_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "50% off?").mkdir()
     index = Desk(tmp_path / "50% off?").job(f"{GOOD}".replace("p.faiss", "qdrant-edge:s")).index
-    assert index == f"qdrant-edge:{tmp_path}/50%25%20off%3F/s"
+    assert index == f"qdrant-edge:{tmp_path}/50%25 off%3F/s"
 
 
 def test_a_linked_file_starts_from_where_the_link_is(desk: Desk) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
 from simskip_vdb.judgments import RULES, JudgmentFiles, Judgments, QuerySet, read_judgments
+from simskip_vdb.parsing import LONGEST_LINE
 
 VECTORS = np.arange(6, dtype=np.float64).reshape(3, 2)
 BEIR = "query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t2\nq2\td 2\t0\n"
@@ -327,3 +328,37 @@ def test_rules_can_be_shown_in_help() -> None:
     assert all(len(line) <= 100 for line in RULES.splitlines())
     assert "Refused" in RULES
     assert "Skipped" in RULES
+
+
+def test_equal_lines_take_no_room_and_a_line_without_end_is_told(at: Folder) -> None:
+    many = at.path / "many.tsv.gz"
+    with gzip.open(many, "wt", encoding="utf-8") as file:
+        file.write("query-id\tcorpus-id\tscore\n")
+        for _ in range(30):
+            file.write("q0\td0\t1\n" * 50_000 + "q1\td1\t2\n")
+    qrels = queries(at.read(qrels=many)).qrels
+    assert qrels is not None
+    assert (qrels.query_ids, qrels.doc_ids, qrels.grades.tolist()) == (
+        ["q0", "q1"],
+        ["d0", "d1"],
+        [1, 2],
+    )
+    assert qrels.repeated == 30 * 50_001 - 2
+    endless = at.path / "endless.gz"
+    with gzip.open(endless, "wb") as raw:
+        raw.write(b"q0 0 d0 1\n" + bytes(LONGEST_LINE + 2))
+    with pytest.raises(DataError, match="line 2: it has more than 16,777,216 characters"):
+        at.read(qrels=endless)
+
+
+def test_a_header_that_claims_more_than_the_file_holds(at: Folder) -> None:
+    path = at.npy("claims.npy", VECTORS)
+    path.write_bytes(path.read_bytes().replace(b"(3, 2), }         ", b"(9999999999, 2), }"))
+    with pytest.raises(DataError, match=r"not a \.npy file"):
+        at.read(queries=path)
+
+
+def test_json_that_is_nested_without_end(at: Folder) -> None:
+    deep = at.text("deep.jsonl", '{"id":"a","vector":' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: .*nested too deep"):
+        at.read(queries=deep, query_ids=None)

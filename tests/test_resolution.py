@@ -132,7 +132,7 @@ def test_what_is_skipped_is_counted_with_examples() -> None:
     assert notes(found) == {
         "judgments of unknown queries": (5, ("nobody0", "nobody1", "nobody2")),
         "judgments of unknown documents": (3, ("no1", "no2")),
-        "repeated judgments, as of query": (1, ("q0",)),
+        "repeated judgments": (1, ()),
         "queries with NaN, infinite or zero vectors": (4, ("q3", "q4", "q5")),
         "queries without a relevant known document": (3, ("q1", "q2", "q6")),
     }

@@ -1,0 +1,192 @@
+"""What is lost or damaged of a state is told for what it is, in few words, and loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from builders import ivf, random_refiner
+from edge_shards import make, row_ids
+from parquet_files import write_rows
+
+import simskip_vdb as ss
+from simskip_vdb.connectors import open_store
+from simskip_vdb.errors import LONGEST, ConfigError, JournalError, SimskipError
+from simskip_vdb.journal import Journal
+from simskip_vdb.store import VectorStore
+from simskip_vdb.workspace import state_folder
+
+N, D = 120, 8
+IDS = np.arange(N) * 7 + 3
+VECTORS = np.random.default_rng(3).normal(size=(N, D)).astype(np.float32)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 64]) + data[at + 1 :]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
+    "gone": lambda _: None,
+    "empty": lambda _: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "one bit": lambda data: flipped(data, len(data) // 2),
+    "nested": lambda _: b"[" * 100_000,
+}
+
+
+class Index:
+    """A refined index, and what takes it and its state back to how they are now."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.path = folder / "world" / "index"
+        self.path.parent.mkdir()
+        ids = IDS
+        if kind == "ivf":
+            ivf(self.path, IDS, VECTORS)
+        elif kind == "parquet":
+            write_rows(self.path, IDS, VECTORS)
+        else:
+            make(self.path, IDS.tolist(), VECTORS)
+            ids = row_ids(IDS.tolist())
+        scheme = {"ivf": "faiss", "parquet": "parquet", "edge": "qdrant-edge"}[kind]
+        self.uri = f"{scheme}:{self.path}" + ("?metric=dot" if kind == "parquet" else "")
+        random_refiner(D, ids, 1).save(folder / "X")
+        self.settings = ss.Settings(refiner=folder / "X", accept_unmeasured=True)
+        self.refine()
+        self._copy = folder / "copy"
+        shutil.copytree(self.path.parent, self._copy)
+
+    @contextmanager
+    def store(self) -> Iterator[VectorStore]:
+        store = open_store(self.uri)
+        try:
+            yield store
+        finally:
+            getattr(store, "close", lambda: None)()
+
+    def refine(self) -> None:
+        with self.store() as store:
+            ss.refine(store, ss.Judgments(), self.settings)
+
+    def rollback(self) -> None:
+        with self.store() as store:
+            ss.rollback(store)
+
+    def again(self) -> None:
+        shutil.rmtree(self.path.parent)
+        shutil.copytree(self._copy, self.path.parent)
+
+    @property
+    def state(self) -> Path:
+        with self.store() as store:
+            return state_folder(store, None)
+
+    def files(self) -> Iterator[Path]:
+        for path in sorted(self.state.rglob("*")):
+            if path.is_file() and path.stat().st_size:
+                yield path.relative_to(self.state)
+
+    def rows(self) -> np.ndarray:
+        with self.store() as store:
+            batches = list(store.scan(1000))
+        found = {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
+        return np.stack([found[i] for i in IDS.tolist()])
+
+
+def failure_of(command: Callable[[], None]) -> SimskipError | None:
+    try:
+        command()
+    except SimskipError as error:
+        return error
+    return None
+
+
+@pytest.fixture(params=["ivf", "parquet", "edge"])
+def index(request: pytest.FixtureRequest, tmp_path: Path) -> Index:
+    return Index(tmp_path, request.param)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_told_for_what_it_is_and_loses_nothing(index: Index, damage: str) -> None:
+    refined, told = index.rows(), set()
+    for name in list(index.files()):
+        for command in (index.refine, index.rollback):
+            index.again()
+            path = index.state / name
+            whole = path.read_bytes()
+            data = DAMAGE[damage](whole)
+            path.unlink() if data is None else path.write_bytes(data)
+            error = failure_of(command)
+            if error is not None:
+                assert not isinstance(error, ConfigError), (name, error)
+                assert len(str(error)) < LONGEST
+                told.add(name.name.partition("-")[0])
+                assert np.array_equal(index.rows(), refined), name
+                path.parent.mkdir(exist_ok=True, parents=True)
+                path.write_bytes(whole)
+                index.rollback()
+            else:
+                same = index.rows()
+                assert np.array_equal(same, VECTORS) or np.array_equal(same, refined), name
+                if np.array_equal(same, refined):
+                    index.rollback()
+            assert np.array_equal(index.rows(), VECTORS), name
+    assert {"originals", "manifest.json"} <= told
+
+
+def test_digests_and_originals_suffice_where_the_refiner_is_lost(index: Index) -> None:
+    shutil.rmtree(index.state / "refiners")
+    index.rollback()
+    assert np.array_equal(index.rows(), VECTORS)
+
+
+def test_a_lost_manifest_is_no_index_that_was_never_refined(index: Index) -> None:
+    (index.state / "manifest.json").unlink()
+    for command in (ss.rollback, ss.prune):
+        with (
+            index.store() as store,
+            pytest.raises(JournalError, match=r"manifest\.json is missing"),
+        ):
+            command(store)
+
+
+def test_a_list_of_known_rows_that_an_earlier_version_wrote_is_read(index: Index) -> None:
+    import pyarrow as pa
+
+    with index.store() as store:
+        info = store.info()
+    journal = Journal(index.state, info)
+    (refiner,) = (path.name for path in journal.refiners.iterdir())
+    path, known = journal.refiners / refiner / "known.arrow", journal.known(refiner)
+    assert known is not None
+    table = pa.ipc.open_stream(path.read_bytes()).read_all()
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    read = Journal(index.state, info).known(refiner)
+    assert read is not None
+    assert read.fingerprint == known.fingerprint
+
+
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o600), (0o700, 0o600), (0o2770, 0o660)])
+def test_originals_are_read_by_nobody_who_could_not_write_the_state(
+    tmp_path: Path, folder: int, file: int
+) -> None:
+    ivf(tmp_path / "index", IDS, VECTORS)
+    random_refiner(D, IDS, 1).save(tmp_path / "X")
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(folder)
+    settings = ss.Settings(refiner=tmp_path / "X", accept_unmeasured=True, state=state)
+    ss.refine(open_store(f"faiss:{tmp_path / 'index'}"), ss.Judgments(), settings)
+    rows = [*state.glob("*.arrow"), *state.rglob("known.arrow")]
+    assert len(rows) == 3
+    assert {path.stat().st_mode & 0o777 for path in rows if path.parent == state} == {file}
+
+
+def test_a_message_is_no_longer_than_people_read() -> None:
+    assert len(str(SimskipError("x" * 10**6))) < LONGEST + 50
+    assert str(SimskipError("x" * 10)) == "x" * 10
