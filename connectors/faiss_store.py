@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,11 @@ class FaissStore:
                 temporary.chmod(self._path.stat().st_mode & 0o777)
             give_new_name(temporary, output)
             confirm(output)
+
+    def info_at(self, path: Path) -> StoreInfo:
+        """Describe a copy at another path; see `FileBacked.info_at`."""
+        path = path.resolve()
+        return replace(self.info(), uri=f"{_SCHEME}{path}", state=beside(path, ".simskip"))
 
     def put_back(self, kept: Path, *, expected: str) -> None:
         """Swap a kept file back; see `FileBacked.put_back`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -211,6 +212,16 @@ class ParquetFile:
             temporary.chmod(self._path.stat().st_mode & 0o777)
             give_new_name(temporary, output)
             confirm(output)
+
+    def info_at(self, path: Path) -> StoreInfo:
+        """Describe a copy at another path; see `FileBacked.info_at`."""
+        path = path.resolve()
+        return replace(
+            self.info(),
+            uri=self._options.address(path),
+            state=state_of(path, self._options.vector),
+            claim=state_root(path),
+        )
 
     def put_back(self, kept: Path, *, expected: str) -> None:
         """Swap a kept file back; see `FileBacked.put_back`."""

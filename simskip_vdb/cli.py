@@ -369,7 +369,7 @@ def report(
     from simskip_vdb import upkeep
     from simskip_vdb.connectors import open_store
     from simskip_vdb.durable import write_durably
-    from simskip_vdb.workspace import state_folder
+    from simskip_vdb.state_place import state_folder
 
     store = open_store(index, read_only=True, filter=filter)
     text = upkeep.report(store, state=state, markdown=markdown)

@@ -133,7 +133,7 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
     look = space.ledger.look(crossed.refiner.id, space.measure, content, judged.ids)
     k = max(depth(space.measures, judged), 10)
     with space.timed("evaluate"):
-        before = space.search(judged.vectors, space.current_blocks(), k).ids
+        before = space.search(space.as_searched(judged.vectors), space.current_blocks(), k).ids
         after, seen = np.empty_like(before), np.empty(len(judged), np.bool_)
         for number, refiner in enumerate(crossed.refiners):
             own = fold == number

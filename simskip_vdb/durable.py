@@ -113,7 +113,7 @@ def _check_absent(path: Path, error: OSError) -> None:
         raise StoreError(
             f"{path}: {error.strerror}; run as the user who may read it, such as the one who "
             "refined the index, or have that one allow it"
-        ) from error
+        ) from None
 
 
 def json_of(data: bytes | str) -> Any:  # noqa: ANN401 whatever it holds

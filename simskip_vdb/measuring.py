@@ -204,7 +204,8 @@ def _found_now(
     if current is not None:
         blocks = space.refined_blocks(current, space.late(current))
         return space.search(current(judged.vectors), blocks, k, skip).ids
-    return space.search(judged.vectors, space.current_blocks(), k, skip).ids
+    queries = space.as_searched(judged.vectors)
+    return space.search(queries, space.current_blocks(), k, skip).ids
 
 
 def _not_learnt(current: Refiner, judged: JudgedQueries) -> JudgedQueries:
@@ -351,7 +352,7 @@ class ThroughIndex:
         if space.info.exhaustive and not self._scored:
             self.ann[when] = 1.0
             return
-        queries = self._queries if refiner is None else refiner(self._queries)
+        queries = (space.as_searched if refiner is None else refiner)(self._queries)
         blocks, take = self._rows(store, refiner, as_is)
         exact = space.search(queries, blocks, 10)
         names = space.measures if self._scored else ()

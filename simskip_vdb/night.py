@@ -29,14 +29,10 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, changes
 from simskip_vdb.runs import Runs, record
+from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
 from simskip_vdb.upkeep import is_as_written
-from simskip_vdb.workspace import (
-    Workspace,
-    keep_refiner,
-    open_workspace,
-    state_folder,
-)
+from simskip_vdb.workspace import Workspace, keep_refiner, open_workspace
 from simskip_vdb.writing import finish, interrupted, reindex
 
 log = logging.getLogger(__name__)

@@ -25,9 +25,9 @@ from simskip_vdb.pace import Pace
 from simskip_vdb.pipeline import Settings
 from simskip_vdb.report import table
 from simskip_vdb.runs import Runs, forecast, record
+from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
 from simskip_vdb.upkeep import leave_page, prune
-from simskip_vdb.workspace import state_folder
 
 log = logging.getLogger(__name__)
 

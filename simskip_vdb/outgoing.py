@@ -12,7 +12,7 @@ from simskip_vdb.datatypes import Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import ConfigError, NothingWrittenError, VerificationError
 from simskip_vdb.overlap import ahead
 from simskip_vdb.provenance import SCAN_ROWS, Lookup, Resemblance, near
-from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.rows import Digests, Originals, row_digests
 from simskip_vdb.store import VectorStore
 
 LOSSY_ERROR = 0.05  # relative L2 error that a lossy code (SQ8 about .008) may have when read back
@@ -26,7 +26,7 @@ class Written:
     """What a write did.
 
     Attributes:
-        rows: Rows that hold another vector than their original.
+        rows: Originals that hold another vector than their original.
         skipped: Rows left as they were.
         mode: ``in-place``, ``new-vector``, ``new-collection``, ``copy``, ``restored`` or ``none``.
         theirs: Rows of the skipped ones that the application changed meanwhile.
@@ -96,7 +96,7 @@ def refuse_nothing(uri: str, written: Written) -> None:
 class Outgoing:
     """The stream of refined rows, and what it takes to recognise them when read back."""
 
-    def __init__(self, rows: Rows, refine: Refine, progress: Progress) -> None:
+    def __init__(self, rows: Originals, refine: Refine, progress: Progress) -> None:
         self._rows = rows
         self._refine = refine
         self._progress = progress
@@ -161,12 +161,12 @@ class Outgoing:
         return refined_at(self._rows, self._refine, places)
 
 
-def refined_blocks(rows: Rows, refine: Refine) -> Generator[tuple[int, Vectors, Vectors]]:
+def refined_blocks(rows: Originals, refine: Refine) -> Generator[tuple[int, Vectors, Vectors]]:
     """Yield (position of the first row, originals, refined) over all rows, a little ahead."""
     return ahead((start, block, refine(start, block)) for start, block in rows.blocks())
 
 
-def refined_at(rows: Rows, refine: Refine, places: Positions) -> Vectors:
+def refined_at(rows: Originals, refine: Refine, places: Positions) -> Vectors:
     """Return the refined vectors of the rows at these positions, shape (len(places), d)."""
     # A block is refined as a whole, since `refine` goes by position of contiguous rows.
     out = np.empty((len(places), rows.dim), np.float32)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from simskip_vdb.by_vector import Lookup as Lookup
 from simskip_vdb.by_vector import near as near
-from simskip_vdb.datatypes import Ids, Mask, VectorBatch, Vectors
-from simskip_vdb.errors import DataError, UnsupportedIndexError
+from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
+from simskip_vdb.errors import DataError, StoreChangedError, UnsupportedIndexError
 from simskip_vdb.journal import Journal
 from simskip_vdb.register import SCAN_ROWS as SCAN_ROWS
 from simskip_vdb.register import Ours, Register
-from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.rows import Digests, Originals, row_digests
 from simskip_vdb.store import TakesOriginals, VectorStore
 
 
@@ -92,6 +94,49 @@ class TrueRows:
         return exact
 
 
+class RowsInPlace:
+    """Originals that are kept nowhere: they are read out of the index each time."""
+
+    def __init__(self, store: VectorStore, true: TrueRows, read: Iterable[VectorBatch]) -> None:
+        """Take an index, what tells its originals, and all of these once."""
+        self._store, self._true = store, true
+        ids = [batch.ids for batch in read]
+        self.ids: Ids = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        self.dim = store.info().dim
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def blocks(self, places: Positions | None = None) -> Iterator[tuple[int, Vectors]]:
+        """Yield all rows; see `Originals.blocks`.
+
+        Raises:
+            StoreChangedError: Rows came or went.
+        """
+        start = 0
+        for batch in self._store.scan(SCAN_ROWS):
+            if not np.array_equal(batch.ids, self.ids[start : start + len(batch)]):
+                break
+            yield start, self._true.of(batch)[0]
+            start += len(batch)
+        if start < len(self):
+            raise StoreChangedError(
+                f"{self._store.info().uri}: rows came or went while it was read; nothing was "
+                "written. Run the command again"
+            )
+
+    def take(self, positions: Positions) -> Vectors:
+        """Return some rows; see `Originals.take`."""
+        places, back = np.unique(positions, return_inverse=True)
+        ids = self.ids[places]
+        found = VectorBatch(ids=ids, vectors=self._store.fetch(ids))
+        return self._true.of(found)[0][back]
+
+    def matrix(self) -> Vectors:
+        """Return all rows in memory; see `Originals.matrix`."""
+        return np.concatenate([np.empty((0, self.dim), np.float32), *(b for _, b in self.blocks())])
+
+
 class AsRead:
     """The rows as they were read, to tell later whether somebody changed them.
 
@@ -100,7 +145,9 @@ class AsRead:
     original is: while it holds that, or what a write of ours made of that.
     """
 
-    def __init__(self, rows: Rows, digests: Digests, journal: Journal, store: VectorStore) -> None:
+    def __init__(
+        self, rows: Originals, digests: Digests, journal: Journal, store: VectorStore
+    ) -> None:
         """Take the originals, digests of the rows as they were read, and who wrote them."""
         info = store.info()
         self._digests, self._rows = digests, rows

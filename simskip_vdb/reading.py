@@ -9,7 +9,7 @@ import numpy as np
 
 from simskip_vdb.datatypes import Progress, VectorBatch
 from simskip_vdb.journal import Journal
-from simskip_vdb.provenance import SCAN_ROWS, TrueRows
+from simskip_vdb.provenance import SCAN_ROWS, RowsInPlace, TrueRows
 from simskip_vdb.register import Ours
 from simskip_vdb.rows import row_digests
 from simskip_vdb.sending import Snapshot
@@ -22,6 +22,8 @@ def read_rows(
     ours: Ours | None,
     fields: Sequence[str],
     progress: Progress,
+    *,
+    keep: bool = True,
 ) -> Snapshot:
     """Save every row's original, in scan order; see `reindex.snapshot`.
 
@@ -31,6 +33,7 @@ def read_rows(
         ours: Tells which rows are ours; None where none is.
         fields: Payload columns to bring along.
         progress: Called with rows done and rows in all.
+        keep: Whether originals are saved; else they are read again whenever they are needed.
     """
     total = store.info().count
     sha256 = store.sha256() if isinstance(store, FileBacked) else ""
@@ -53,7 +56,7 @@ def read_rows(
             progress("read", done, total)
         true.check()
 
-    rows = journal.save_originals(originals())
+    rows = journal.save_originals(originals()) if keep else RowsInPlace(store, true, originals())
     return Snapshot(
         rows,
         np.concatenate(digests),

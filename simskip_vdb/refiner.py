@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from simskip_vdb.datatypes import Ids, Metric, Side, Vectors
 from simskip_vdb.durable import json_of, write_durably
 from simskip_vdb.errors import ConfigError, DataError
-from simskip_vdb.markers import marker_of
 from simskip_vdb.moving import Formula, Layer
+from simskip_vdb.state_place import marker_of
 from simskip_vdb.store import VectorStore
 
 if TYPE_CHECKING:

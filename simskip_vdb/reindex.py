@@ -71,6 +71,7 @@ def snapshot(
     past: Journal | None = None,
     fields: Sequence[str] = (),
     crew: Crew | None = None,
+    keep: bool = True,
 ) -> Snapshot:
     """Save every row's original, in scan order.
 
@@ -84,6 +85,7 @@ def snapshot(
         past: The index's state, where `journal` is another one.
         fields: Payload columns to bring along.
         crew: Reads the partitions; None to read all here.
+        keep: Whether originals are saved; else they are read again whenever they are needed.
 
     Raises:
         ConfigError: The store has no such columns.
@@ -92,7 +94,9 @@ def snapshot(
         JournalError: The state is damaged, or does not tell whose original is whose.
     """
     if crew is None:
-        found = read_rows(store, journal, our_rows(past or journal, store), fields, progress)
+        found = read_rows(
+            store, journal, our_rows(past or journal, store), fields, progress, keep=keep
+        )
     else:
         found = crew.read(fields, progress)
     ordered = np.sort(found.rows.ids)

@@ -18,8 +18,9 @@ from simskip_vdb.provenance import Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written
 from simskip_vdb.report import Report
+from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import RowWritable
-from simskip_vdb.workspace import Workspace, state_folder
+from simskip_vdb.workspace import Workspace
 
 SAMPLED = 512  # rows that a forecast tries
 
@@ -153,7 +154,7 @@ def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
         "rows": len(space.rows),
         "seconds": seconds,
         "engine_bytes": engine,
-        "originals_bytes": space.rows.path.stat().st_size,
+        "originals_bytes": len(space.rows) * space.info.dim * 4 + space.rows.ids.nbytes,
         "free_bytes": free_bytes(state_folder(space.store, space.settings.state)),
         "samples": [
             {"id": row, "before": was[:4].tolist(), "after": now[:4].tolist()}

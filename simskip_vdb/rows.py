@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,35 @@ from simskip_vdb.datatypes import ID_TEXT, Ids, Positions, Vectors
 from simskip_vdb.errors import JournalError
 
 Digests = NDArray[np.uint64]
+
+
+class Originals(Protocol):
+    """Every row as the application wrote it; positions are scan order.
+
+    Attributes:
+        ids: Shape (n,), int64 or text.
+        dim: Dimension of a vector.
+    """
+
+    ids: Ids
+    dim: int
+
+    def __len__(self) -> int: ...
+
+    def blocks(self, places: Positions | None = None, /) -> Iterator[tuple[int, Vectors]]:
+        """Yield (position of the first row, vectors (b, d)) over all rows.
+
+        With `places`, blocks that hold none of these positions may be left out.
+        """
+        ...
+
+    def take(self, positions: Positions, /) -> Vectors:
+        """Return the rows at these positions, shape (len(positions), d)."""
+        ...
+
+    def matrix(self) -> Vectors:
+        """Return all rows in memory, shape (n, d)."""
+        ...
 
 
 class Rows:

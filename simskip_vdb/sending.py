@@ -13,7 +13,7 @@ from simskip_vdb.errors import VerificationError
 from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal
 from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
-from simskip_vdb.rows import Digests, Rows, fingerprint_of, row_digests
+from simskip_vdb.rows import Digests, Originals, fingerprint_of, row_digests
 from simskip_vdb.store import RowStore
 from simskip_vdb.targets import InPlace
 
@@ -25,7 +25,7 @@ class Snapshot(NamedTuple):
     """What a scan of the index found.
 
     Attributes:
-        rows: Every row's original, on disk.
+        rows: Every row's original.
         digests: Digest of every row as it was read, shape (n,).
         ours: Which of them we wrote, and nobody changed since, shape (n,).
         usable: Which originals are finite and not zero, shape (n,).
@@ -33,7 +33,7 @@ class Snapshot(NamedTuple):
         sha256: Hash of the file before it was read; empty where the store is no file.
     """
 
-    rows: Rows
+    rows: Originals
     digests: Digests
     ours: Mask
     usable: Mask

@@ -368,6 +368,10 @@ class FileBacked(Protocol):
         """Write the rewritten index to a new file, `output`, and leave this one alone."""
         ...
 
+    def info_at(self, path: Path) -> StoreInfo:
+        """Return what `info` says of a copy of the index at another path."""
+        ...
+
     def put_back(self, kept: Path, *, expected: str) -> None:
         """Swap a file kept by `replace_keeping` back, while the file's hash is `expected`."""
         ...

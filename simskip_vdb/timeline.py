@@ -125,6 +125,6 @@ def holds_refined(runs: Sequence[Run]) -> bool:
             refined = True
         elif run["outcome"] == WRITTEN:
             refined |= written_of(run).get("mode", IN_THE_INDEX[0]) in IN_THE_INDEX
-        elif run["outcome"] == RESTORED:
+        elif run["action"] == ROLLBACK and run["outcome"] == RESTORED:
             refined = False
     return refined

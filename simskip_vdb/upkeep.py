@@ -20,9 +20,9 @@ from simskip_vdb.reindex import fingerprint, recover
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
 from simskip_vdb.runs import Runs, record
+from simskip_vdb.state_place import forget_elsewhere, state_folder
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
-from simskip_vdb.workspace import forget_elsewhere, state_folder
 
 log = logging.getLogger(__name__)
 

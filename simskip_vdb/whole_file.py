@@ -26,7 +26,7 @@ from simskip_vdb.outgoing import (
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import Register
-from simskip_vdb.rows import Digests, Rows, row_digests
+from simskip_vdb.rows import Digests, Originals, row_digests
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import Check, FileBacked, VectorStore
 
@@ -162,7 +162,7 @@ def _all_there(found: Snapshot, refine: Refine) -> bool:
 
 def write_copy(
     store: FileStore,
-    rows: Rows,
+    rows: Originals,
     refine: Refine,
     *,
     output: Path,
@@ -186,7 +186,7 @@ def write_copy(
     return _outcome(outgoing, rows, "copy")
 
 
-def _outcome(outgoing: Outgoing, rows: Rows, mode: str) -> Written:
+def _outcome(outgoing: Outgoing, rows: Originals, mode: str) -> Written:
     moved = outgoing.moved
     return Written(rows=moved, skipped=len(rows) - moved, mode=mode, sent=moved)
 

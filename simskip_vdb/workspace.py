@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,8 +28,8 @@ from simskip_vdb.datatypes import (
     Split,
     Vectors,
 )
-from simskip_vdb.durable import disk_errors, has_file, write_durably
-from simskip_vdb.errors import ConfigError, DataError, JournalError
+from simskip_vdb.durable import has_file
+from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.evaluation import (
     DEFAULT_MEASURES,
     GROUP_MEASURES,
@@ -49,12 +49,12 @@ from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.search import ExactSearch, Search
+from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import RowWritable, VectorStore
 from simskip_vdb.targets import holding
 from simskip_vdb.threads import blas_on_one_thread
 
 Blocks = Iterable[tuple[int, Vectors]]
-POINTER = "state-is-elsewhere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +221,13 @@ class Workspace:
             yield from self.rows.blocks()
         else:
             yield from self.blocks_of(self.held_by)
+
+    def as_searched(self, queries: Vectors) -> Vectors:
+        """Return queries, shape (q, d), as the application passes them to the index now."""
+        current = self.current
+        if current is None or current.summary.get("side") != Side.BOTH.value:
+            return queries
+        return self.journal.refiner(current.refiner)(queries)
 
     def blocks_of(self, store: VectorStore) -> Blocks:
         """Yield all rows as a store holds them; NaN for rows that were removed since."""
@@ -435,7 +442,15 @@ def open_workspace(
         crew = None
         if settings.executor == RAY and not settings.dry_run:
             crew = stack.enter_context(ray_crew(store, journal))
-        found = snapshot(store, journal, progress, past=past, fields=judgments.fields, crew=crew)
+        found = snapshot(
+            store,
+            journal,
+            progress,
+            past=past,
+            fields=judgments.fields,
+            crew=crew,
+            keep=not settings.dry_run,
+        )
         past.check_marker(store)  # what another run wrote meanwhile was read, and is no original
         ledger = Ledger(folder)
         judged = resolve(
@@ -456,61 +471,6 @@ def open_workspace(
         space.as_given = space.current is None and not found.ours.any()
         space.seconds["read"] = time.perf_counter() - start
         yield space
-
-
-def state_folder(store: VectorStore, override: Path | None) -> Path:
-    """Return where an index's state lives: in its usual place, unless told otherwise.
-
-    A state that was put elsewhere is found again by the pointer that `point_elsewhere` left.
-
-    Raises:
-        ConfigError: The index has no usual place and no folder was given, or its state is already
-            in another folder.
-        JournalError: The state was put elsewhere, and is gone from there.
-    """
-    usual = store.info().state
-    if usual is None:
-        if override is None:
-            raise ConfigError(
-                f"{store.info().uri} has no usual place for its state; name a folder by --state"
-            )
-        return override.resolve()
-    pointer = usual / POINTER
-    known = Path(pointer.read_text(encoding="utf-8")) if has_file(pointer) else usual
-    moved = override is not None and has_file(override / "manifest.json")
-    if has_file(pointer) and not has_file(known / "manifest.json") and not moved:
-        raise JournalError(
-            f"the state of {store.info().uri} was put in {known}, and is gone from there; bring it "
-            f"back, mount its disk, or name the folder where it is now by --state. Only "
-            f"if that index was replaced by another one, remove {pointer}"
-        )
-    if override is None:
-        return known
-    if has_file(known / "manifest.json") and override.resolve() != known.resolve():
-        raise ConfigError(
-            f"{store.info().uri} has its state in {known}, with its originals and the looks at its "
-            "test queries; leave --state out, or move that folder"
-        )
-    return override.resolve()
-
-
-def point_elsewhere(store: VectorStore, folder: Path) -> None:
-    """Leave word beside an index that its state is in another folder."""
-    usual = store.info().state
-    if usual is not None and folder != usual:
-        write_durably(usual / POINTER, str(folder).encode())
-
-
-def forget_elsewhere(usual: Path | None) -> None:
-    """Take back what `point_elsewhere` left in the usual place of a state."""
-    if usual is None:
-        return
-    pointer = usual / POINTER
-    if has_file(pointer):
-        with disk_errors(pointer):
-            pointer.unlink()
-    with suppress(OSError):  # not there, or not empty
-        pointer.parent.rmdir()
 
 
 def _check_search(store: VectorStore, settings: Settings) -> None:

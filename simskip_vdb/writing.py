@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from simskip_vdb.datatypes import Progress, Split, Vectors
-from simskip_vdb.durable import beside
 from simskip_vdb.errors import JournalError
 from simskip_vdb.gate import Decision
 from simskip_vdb.journal import NEW_VECTOR, Journal, Write
@@ -20,9 +19,10 @@ from simskip_vdb.reindex import Written, abandon, fingerprint, write, write_copy
 from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, summarise, written_part
 from simskip_vdb.row_by_row import settled
+from simskip_vdb.state_place import point_elsewhere
 from simskip_vdb.store import FileBacked, VectorStore
 from simskip_vdb.targets import holds
-from simskip_vdb.workspace import Workspace, point_elsewhere
+from simskip_vdb.workspace import Workspace
 
 
 def interrupted(space: Workspace) -> Write | None:
@@ -163,8 +163,10 @@ def _mark_copy(
     summary: Mapping[str, Any],
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
-    state = beside(output, ".simskip")
-    with Journal(state, replace(candidate.info(), uri=f"faiss:{output}", state=state)) as journal:
+    assert isinstance(space.store, FileBacked)
+    info = space.store.info_at(output)
+    assert info.state is not None
+    with Journal(info.state, info) as journal:
         if journal.manifest.current is not None and journal.manifest.copy_of is None:
             raise JournalError(
                 f"{journal.folder} is the state of a refined index that was moved away; name "

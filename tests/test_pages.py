@@ -30,6 +30,7 @@ import simskip_vdb as ss
 from simskip_vdb import report as shown
 from simskip_vdb.errors import ConfigError
 from simskip_vdb.pages import render_markdown, render_page
+from simskip_vdb.timeline import holds_refined, undo
 
 MOST_BYTES = 400_000
 HOSTILE = "\"><script>alert('x')</script>&amp; ünïcode 索引 كيف"
@@ -166,6 +167,13 @@ def test_every_reason_is_listed(pages: dict[str, tuple[str, Page]]) -> None:
     assert set(refused()["gate"]["reasons"]) <= set(page.inside("li"))
     assert "The gate refused." in page.text
     assert "nothing to undo" in page.text
+
+
+def test_a_write_that_was_undone_by_itself_leaves_the_earlier_refinement() -> None:
+    runs = [record("refine", "written", 0, report=report()), record("night", "restored", 1)]
+    assert holds_refined(runs)
+    assert "The index holds an earlier refinement" in undo(runs)[0]
+    assert not holds_refined([*runs, record("rollback", "restored", 2)])
 
 
 def test_what_was_not_found_is_not_mentioned(pages: dict[str, tuple[str, Page]]) -> None:

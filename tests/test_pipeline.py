@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import change, random_refiner
+from builders import change, ivf, random_refiner
 from judged import QUERIES, ROWS, Case, make_case
+from parquet_files import write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.config import Signal
+from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.addresses import address_of
 from simskip_vdb.datatypes import Metric, Side, Split
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError, JournalError
+from simskip_vdb.journal import Journal
 from simskip_vdb.report import Report, render
 from simskip_vdb.store import VectorStore
 
@@ -237,11 +241,58 @@ def test_dry_run_touches_nothing(tmp_path: Path) -> None:
     report = refine(case, settings)
     assert report.forecast is not None
     assert report.forecast["rows"] == ROWS
-    assert report.forecast["originals_bytes"] > ROWS * 16 * 4
+    assert report.forecast["originals_bytes"] >= ROWS * 16 * 4
     assert len(report.forecast["samples"]) == 5
     assert report.split == "validation"
     assert sorted(p.name for p in case.folder.iterdir()) == names
     assert sha256_of(case.index) == before
+
+
+def test_a_dry_run_saves_no_row_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(tmp_path / "case")
+    report = refine(case, ss.Settings(out=tmp_path / "fitted"))
+    ss.rollback(open_(case))
+
+    def saved(self: Journal, stem: str, *_: object) -> None:
+        raise AssertionError(f"{stem} saved in {self.folder}")
+
+    monkeypatch.setattr(Journal, "_save_rows", saved)
+    tried = refine(case, ss.Settings(dry_run=True))
+    assert tried.refiner is not None
+    assert report.refiner is not None
+    assert tried.refiner["id"] == report.refiner["id"]
+
+
+def test_a_service_finds_the_state_that_was_put_elsewhere(tmp_path: Path) -> None:
+    case = make_case(tmp_path / "case")
+    refine(case, ss.Settings(out=tmp_path / "fitted", state=tmp_path / "state"))
+    ss.Refiner.load(tmp_path / "fitted").check(open_(case))
+    (tmp_path / "state").rename(tmp_path / "gone")
+    with pytest.raises(JournalError, match="is gone from there"):
+        ss.Refiner.load(tmp_path / "fitted").check(open_(case))
+
+
+@pytest.mark.parametrize("kind", ["faiss", "parquet"])
+def test_a_copy_is_known_by_its_own_address(tmp_path: Path, kind: str) -> None:
+    path, output = tmp_path / "50%_off", tmp_path / "50%_better"
+    vectors = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    uris = [f"faiss:{path}", f"faiss:{output}"]
+    if kind == "faiss":
+        ivf(path, np.arange(300), vectors)
+    else:
+        write_rows(path, np.arange(300), vectors)
+        uris = [address_of("parquet", str(place), {"metric": "dot"}) for place in (path, output)]
+    refiner = random_refiner(16, np.arange(300), side=Side.BOTH)
+    refiner.save(tmp_path / "both")
+    settings = ss.Settings(refiner=tmp_path / "both", accept_unmeasured=True, output=output)
+    ss.refine(open_store(uris[0]), ss.Judgments(), settings)
+    copy = open_store(uris[1])
+    told = json.loads((tmp_path / "50%_better.simskip" / "manifest.json").read_bytes())
+    assert (told["index"], told["copy_of"]) == (uris[1], uris[0])
+    assert ss.status(copy)["copy_of"] == uris[0]
+    refiner.check(copy)
+    with pytest.raises(ConfigError, match="is a refined copy of"):
+        ss.refine(copy, ss.Judgments(), replace(settings, output=tmp_path / "third"))
 
 
 def test_what_was_not_measured_is_not_written_unless_asked(tmp_path: Path) -> None:

@@ -132,6 +132,16 @@ def test_a_new_vector_stands_beside(engine: Engine, refiner: Path) -> None:
     assert engine.digest() == rest
 
 
+def test_a_second_run_improves_on_what_the_application_gets(engine: Engine) -> None:
+    both = Settings(fit=FitSettings(side=Side.BOTH), mode="new-vector")
+    first = refine(engine, both)
+    assert first.written is not None
+    second = refine(engine, replace(both, fit=replace(both.fit, seed=1)))
+    was, now = first.measures["nDCG@10"], second.measures["nDCG@10"]
+    assert was["delta"] > 0.01
+    assert abs(now["before"] - was["after"]) < 0.002
+
+
 def test_a_new_vector_follows_rows_that_change(engine: Engine, refiner: Path) -> None:
     refine(engine, Settings(refiner=refiner, mode="new-vector"))
     newer = np.eye(DIM, dtype=np.float32)[0]

@@ -19,7 +19,7 @@ import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.journal import Journal, Write
-from simskip_vdb.workspace import state_folder
+from simskip_vdb.state_place import state_folder
 
 N, D = 300, 12
 

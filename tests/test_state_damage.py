@@ -17,8 +17,8 @@ import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.errors import LONGEST, ConfigError, JournalError, SimskipError
 from simskip_vdb.journal import Journal
+from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
-from simskip_vdb.workspace import state_folder
 
 N, D = 120, 8
 IDS = np.arange(N) * 7 + 3
