@@ -318,7 +318,8 @@ class WrittenRows:
         if twins and self._shifted:
             raise JournalError(AMBIGUOUS)
         doubtful = known[~mine[known]]
-        mine[doubtful] = self._refined(batch, originals, doubtful)
+        changed = doubtful[digests[doubtful] != row_digests(originals[doubtful])]
+        mine[changed] = self._refined(batch, originals, changed)
         mine[doubtful] |= self._left_raw(batch, originals, doubtful, places[doubtful])
         if self._elsewhere is not None and not mine.all():
             others = np.flatnonzero(~mine)

@@ -34,9 +34,8 @@ from simskip_vdb.sending import Sending, Sent, Snapshot
 from simskip_vdb.store import Check, RowStore, VectorStore
 from simskip_vdb.targets import (
     InPlace,
-    fingerprint,
     holding,
-    is_restored,
+    look_over,
     make_target,
     mark,
 )
@@ -163,11 +162,12 @@ def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> 
         journal.settle(happened=False)
         raise nothing_to_undo(store)
     _keep_unseen(done.store, journal)
-    after = fingerprint(done.store)
-    exact = is_restored(done.store, originals)
+    after = look_over(done.store, originals, done.ours)
     mark(done.store, None)
     journal.settle(happened=True, done=undo)
-    return RolledBack(exact=exact, restored=done.rows, kept=done.left, fingerprint=after)
+    return RolledBack(
+        exact=after.exact, restored=done.rows, kept=done.left, fingerprint=after.fingerprint
+    )
 
 
 def abandon(

@@ -87,7 +87,7 @@ class Sending:
         self._sent = np.zeros(len(found.rows), np.bool_)
         self._digests: Digests = np.zeros(len(found.rows), np.uint64)
         self._originals: Digests = np.zeros(len(found.rows), np.uint64)
-        self._rounding = store.info().rounding
+        self._info = store.info()
         self._settled = settled
         self._check_claim: Callable[[], None] = lambda: None
         self._moved = np.zeros(len(found.rows), np.bool_)
@@ -140,7 +140,7 @@ class Sending:
         there = self._store.peek(ids)
         places = Lookup(ids).find(there.ids)
         same = np.zeros(len(ids), np.bool_)
-        same[places] = near(there.vectors, refined[places], self._store.info().tolerance)
+        same[places] = near(there.vectors, refined[places], self._info.tolerance)
         return same
 
     def verify(self) -> Read:
@@ -188,7 +188,7 @@ class Sending:
             ours[other] = near(
                 batch.vectors[other],
                 refined_at(rows, self._refine, places[other]),
-                self._rounding,
+                self._info.rounding,
             )
             left = known[ours[known] & ~self._moved[at]]
             found[left] = self._digests[places[left]]  # whatever last digits it was read with
@@ -246,7 +246,7 @@ class Sending:
         sent = batch.ids[self._sent[part][self._lookup.find(batch.ids) - part.start]]
         now = self._store.peek(sent)
         order = Lookup(batch.ids).find(now.ids)
-        wrong = ~near(now.vectors, batch.vectors[order], self._rounding)
+        wrong = ~near(now.vectors, batch.vectors[order], self._info.rounding)
         # A store that does not wait for its index may show a row as it was for a while.
         wrong &= row_digests(now.vectors) != self._found.digests[self._lookup.find(now.ids)]
         self._check(0, int(wrong.sum()))

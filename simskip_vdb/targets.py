@@ -16,7 +16,7 @@ from simskip_vdb.errors import (
 )
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
-from simskip_vdb.register import Register, WrittenRows
+from simskip_vdb.register import Ours, Register, WrittenRows
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
 from simskip_vdb.store import (
     BESIDE,
@@ -33,11 +33,19 @@ Refined = Callable[[Ids], Vectors]
 
 
 class Restored(NamedTuple):
-    """What a rollback did: the store with the originals, rows that were ours, and rows not."""
+    """What a rollback did.
+
+    Attributes:
+        store: The store with the originals.
+        rows: How many rows were ours.
+        left: How many were not.
+        ours: Tells rows that were to be restored; None where nothing was written over.
+    """
 
     store: VectorStore
     rows: int
     left: int
+    ours: Ours | None = None
 
 
 class InPlace:
@@ -71,11 +79,14 @@ class InPlace:
         # Where ids are positions and rows came or went since, only originals are known by vector.
         shifted = info.positional and (read is None or read.rows != info.count)
         before = None if write.kept is None or shifted else Rows(self._journal.path(write.kept))
-        put_back(self.store, self._journal, before, progress)
+        putting = PuttingBack(self.store, self._journal, before, progress)
+        putting.run()
+        putting.check()
 
     def rollback(self, write: Write, progress: Progress) -> Restored:
         """Bring the originals back."""
-        return Restored(self.store, *put_back(self.store, self._journal, None, progress))
+        putting = PuttingBack(self.store, self._journal, None, progress)
+        return Restored(self.store, *putting.run(), putting.ours)
 
 
 class NewVector(InPlace):
@@ -219,7 +230,8 @@ class NewCollection(InPlace):
             origin.compare(write.target, progress)
         except (StoreNotFoundError, VerificationError):
             return None
-        return origin if is_restored(origin, self._journal.open_originals(write)) else None
+        originals = self._journal.open_originals(write)
+        return origin if look_over(origin, originals).exact else None
 
     def _drop(self, write: Write, progress: Progress) -> None:
         """Remove the copy, unless something was written to it before the alias led elsewhere."""
@@ -290,25 +302,48 @@ def holds(store: VectorStore, journal: Journal, write: Write) -> bool:
         count += len(batch)
     if write.written is None or count != write.written.rows:
         return False
-    return write.mode != NEW_VECTOR or is_restored(store, journal.open_originals(write))
+    return write.mode != NEW_VECTOR or look_over(store, journal.open_originals(write)).exact
 
 
-def is_restored(store: VectorStore, originals: Rows) -> bool:
-    """Tell whether a store holds these rows and no others."""
-    info, lookup = store.info(), Lookup(originals.ids)
-    count = 0
+class After(NamedTuple):
+    """A store after originals were put back: `fingerprint`, whether it holds them and no others."""
+
+    fingerprint: str
+    exact: bool
+
+
+def look_over(store: VectorStore, originals: Rows, ours: Ours | None = None) -> After:
+    """Look at every row once.
+
+    Args:
+        store: What should hold the originals.
+        originals: The originals.
+        ours: Tells rows that should not be there any more.
+
+    Raises:
+        StoreError: Such rows are there.
+    """
+    info, lookup, left = store.info(), Lookup(originals.ids), 0
+    ids, digests, exact = [np.empty(0, originals.ids.dtype)], [np.empty(0, np.uint64)], True
     for batch in store.scan(SCAN_ROWS):
+        ids.append(batch.ids)
+        digests.append(row_digests(batch.vectors))
+        if ours is not None:
+            before, mine = ours.originals(batch)
+            left += int((mine & ~near(batch.vectors, before, info.rounding)).sum())
         places = lookup.find(batch.ids)
-        if (places < 0).any():
-            return False
-        then = originals.take(places)
-        same = row_digests(batch.vectors) == row_digests(then)
+        known = np.flatnonzero(places >= 0)
+        then = originals.take(places[known])
+        same = digests[-1][known] == row_digests(then)
         if not info.exact:
-            same |= near(batch.vectors, then, info.rounding)
-        if not same.all():
-            return False
-        count += len(batch)
-    return count == len(originals)
+            same |= near(batch.vectors[known], then, info.rounding)
+        exact &= len(known) == len(batch) and bool(same.all())
+    if left:
+        raise _still_ours(info, left)
+    rows = np.concatenate(ids)
+    return After(
+        fingerprint_of(rows, np.concatenate(digests)), exact and len(rows) == len(originals)
+    )
 
 
 def fingerprint(store: VectorStore) -> str:
@@ -322,54 +357,67 @@ def fingerprint(store: VectorStore) -> str:
     return fingerprint_of(np.concatenate(ids), np.concatenate(digests))
 
 
-def put_back(
-    store: RowStore, journal: Journal, rows: Rows | None, progress: Progress
-) -> tuple[int, int]:
-    """Write over every row of ours; return how many were ours, and how many not.
+class PuttingBack:
+    """Writes over every row of ours.
 
     Args:
         store: The index.
         journal: Its state.
         rows: What is written, by id; None for the originals.
         progress: Called with rows done and rows in all.
-
-    Raises:
-        StoreError: Rows still hold refined vectors afterwards.
     """
-    ours = Register(journal, store)
-    lookup = None if rows is None else Lookup(rows.ids)
-    rounding = store.info().rounding
 
-    def due() -> Iterator[tuple[VectorBatch, VectorBatch, int]]:
-        done, total = 0, store.info().count
-        for batch in store.scan(SCAN_ROWS):
-            originals, mine = ours.originals(batch)
+    def __init__(
+        self, store: RowStore, journal: Journal, rows: Rows | None, progress: Progress
+    ) -> None:
+        self._store, self._info, self._journal = store, store.info(), journal
+        self._rows, self._progress = rows, progress
+        self._lookup = None if rows is None else Lookup(rows.ids)
+        self.ours = Register(journal, store)
+
+    def run(self) -> tuple[int, int]:
+        """Write; return how many rows were ours, and how many not."""
+        restored = seen = 0
+        for batch, now, size in self._due():
+            seen += size
+            if len(batch):
+                self._journal.check()
+                unchanged = _Unchanged(now, self._info.tolerance)
+                restored += int(self._store.update(batch, unchanged).sum())
+        self._store.settle(self._progress)
+        return restored, seen - restored
+
+    def check(self) -> None:
+        """Make sure that no row of ours is left.
+
+        Raises:
+            StoreError: Rows still hold refined vectors.
+        """
+        left = sum(len(batch) for batch, _, _ in self._due())
+        if left:
+            raise _still_ours(self._info, left)
+
+    def _due(self) -> Iterator[tuple[VectorBatch, VectorBatch, int]]:
+        done = 0
+        for batch in self._store.scan(SCAN_ROWS):
+            originals, mine = self.ours.originals(batch)
             chosen = np.flatnonzero(mine)
             vectors = originals[chosen]
-            if rows is not None and lookup is not None:
-                places = lookup.find(batch.ids[chosen])
-                vectors[places >= 0] = rows.take(places[places >= 0])
-            wrong = ~near(batch.vectors[chosen], vectors, rounding)
+            if self._rows is not None and self._lookup is not None:
+                places = self._lookup.find(batch.ids[chosen])
+                vectors[places >= 0] = self._rows.take(places[places >= 0])
+            wrong = ~near(batch.vectors[chosen], vectors, self._info.rounding)
             done += len(batch)
-            progress("restore", done, total)
+            self._progress("restore", done, self._info.count)
             ids = batch.ids[chosen[wrong]]
             now = VectorBatch(ids=ids, vectors=batch.vectors[chosen[wrong]])
             yield VectorBatch(ids=ids, vectors=vectors[wrong]), now, len(batch)
 
-    restored = seen = 0
-    for batch, now, size in due():
-        seen += size
-        if len(batch):
-            journal.check()
-            restored += int(store.update(batch, _Unchanged(now, store.info())).sum())
-    store.settle(progress)
-    left = sum(len(batch) for batch, _, _ in due())
-    if left:
-        raise StoreError(
-            f"{store.info().uri}: {left:,} rows still hold refined vectors; run the same command "
-            "again"
-        )
-    return restored, seen - restored
+
+def _still_ours(info: StoreInfo, left: int) -> StoreError:
+    return StoreError(
+        f"{info.uri}: {left:,} rows still hold refined vectors; run the same command again"
+    )
 
 
 def mark(store: VectorStore, note: dict[str, object] | None) -> None:
@@ -381,9 +429,9 @@ def mark(store: VectorStore, note: dict[str, object] | None) -> None:
 class _Unchanged:
     """Lets rows go that are as they were read a moment ago."""
 
-    def __init__(self, read: VectorBatch, info: StoreInfo) -> None:
+    def __init__(self, read: VectorBatch, tolerance: float) -> None:
         self._lookup, self._vectors = Lookup(read.ids), read.vectors
-        self._tolerance = info.tolerance
+        self._tolerance = tolerance
 
     def __call__(self, now: VectorBatch) -> Mask:
         then = self._vectors[self._lookup.find(now.ids)]
