@@ -2,93 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import qdrant_edge as edge
-from builders import change, flat, ivf, random_refiner
-from edge_shards import fill, make, row_ids
-from parquet_files import write_rows
+from builders import change, random_refiner
+from own_index import D, Index, N
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.state_place import state_folder
-
-N, D = 300, 12
-
-
-class Index:
-    """An index of some kind, its original rows, and two refiners."""
-
-    def __init__(self, folder: Path, kind: str) -> None:
-        rng = np.random.default_rng(3)
-        self.kind, self.folder = kind, folder
-        self.vectors = rng.normal(size=(N, D)).astype(np.float32)
-        self.ids = np.arange(N) if kind == "flat" else np.arange(N) * 7 + 3
-        self.points = self.ids.tolist()
-        self.path = folder / "index"
-        if kind == "flat":
-            flat(self.path, self.vectors)
-        elif kind == "ivf":
-            ivf(self.path, self.ids, self.vectors)
-        elif kind == "parquet":
-            write_rows(self.path, self.ids, self.vectors)
-        else:
-            make(self.path, self.points, self.vectors)
-            self.ids = row_ids(self.points)
-        for name, seed in (("X", 1), ("Y", 2)):
-            random_refiner(D, self.ids, seed).save(folder / name)
-
-    @property
-    def uri(self) -> str:
-        scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(self.kind, "faiss")
-        return f"{scheme}:{self.path}" + ("?metric=dot" if scheme == "parquet" else "")
-
-    def refine(self, name: str) -> ss.Report:
-        settings = ss.Settings(refiner=self.folder / name, accept_unmeasured=True)
-        return ss.refine(open_store(self.uri), ss.Judgments(), settings)
-
-    def rollback(self) -> dict[str, Any]:
-        return ss.rollback(open_store(self.uri))
-
-    def keep(self) -> Callable[[], None]:
-        """Return what brings the index back as it is now, as an application or a backup would."""
-        if self.kind == "edge":
-            held = self.rows()
-            return partial(put, self.path, held)
-        copy = self.folder / "copy"
-        shutil.copyfile(self.path, copy)
-        return partial(put_file, copy, self.path)
-
-    def rows(self) -> dict[int, Any]:
-        batches = list(open_store(self.uri).scan(100))
-        return {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
-
-    def holds(self, name: str | None) -> bool:
-        wanted = self.vectors
-        if name is not None:
-            wanted = ss.Refiner.load(self.folder / name).refine_rows(self.vectors, self.ids)
-        rows = self.rows()
-        found = np.stack([rows[i] for i in self.points])
-        return len(rows) == N and bool(np.allclose(found, wanted, atol=1e-6 if name else 0))
-
-
-def put_file(copy: Path, path: Path) -> None:
-    shutil.copyfile(copy, path)
-
-
-def put(folder: Path, rows: dict[int, Any]) -> None:
-    shard = edge.EdgeShard.load(str(folder))
-    fill(shard, [*rows], np.stack([*rows.values()]))
-    shard.flush()
-    shard.close()
 
 
 @pytest.fixture(params=["flat", "ivf", "parquet", "edge"])

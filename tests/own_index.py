@@ -1,0 +1,101 @@
+"""An index of any kind, two refiners for it, and what an application does to its rows."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as edge
+from builders import flat, ivf, random_refiner
+from edge_shards import fill, make, row_ids
+from parquet_files import write_rows
+
+import simskip_vdb as ss
+from simskip_vdb.connectors import open_store
+
+N, D = 300, 12
+
+
+class Index:
+    """An index of some kind, its original rows, and two refiners."""
+
+    def __init__(self, folder: Path, kind: str, n: int = N) -> None:
+        rng = np.random.default_rng(3)
+        self.kind, self.folder = kind, folder
+        self.vectors = rng.normal(size=(n, D)).astype(np.float32)
+        self.ids = np.arange(n) if kind == "flat" else np.arange(n) * 7 + 3
+        self.points = self.ids.tolist()
+        self.path = folder / "index"
+        if kind == "flat":
+            flat(self.path, self.vectors)
+        elif kind == "ivf":
+            ivf(self.path, self.ids, self.vectors)
+        elif kind == "parquet":
+            write_rows(self.path, self.ids, self.vectors)
+        else:
+            make(self.path, self.points, self.vectors)
+            self.ids = row_ids(self.points)
+        for name, seed in (("X", 1), ("Y", 2)):
+            random_refiner(D, self.ids, seed).save(folder / name)
+
+    @property
+    def uri(self) -> str:
+        scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(self.kind, "faiss")
+        return f"{scheme}:{self.path}" + ("?metric=dot" if scheme == "parquet" else "")
+
+    def refine(self, name: str) -> ss.Report:
+        settings = ss.Settings(refiner=self.folder / name, accept_unmeasured=True)
+        return ss.refine(open_store(self.uri), ss.Judgments(), settings)
+
+    def rollback(self) -> dict[str, Any]:
+        return ss.rollback(open_store(self.uri))
+
+    def keep(self) -> Callable[[], None]:
+        """Return what brings the index back as it is now, as an application or a backup would."""
+        if self.kind == "edge":
+            held = self.rows()
+            return partial(put, self.path, held)
+        copy = self.folder / "copy"
+        shutil.copyfile(self.path, copy)
+        return partial(put_file, copy, self.path)
+
+    def save(self, rows: Mapping[int, Any]) -> None:
+        """Write all rows as an application does that builds its index anew."""
+        vectors = np.stack([rows[i] for i in self.points])
+        if self.kind == "flat":
+            flat(self.path, vectors)
+        elif self.kind == "ivf":
+            ivf(self.path, np.array(self.points), vectors)
+        elif self.kind == "parquet":
+            write_rows(self.path, np.array(self.points), vectors)
+        else:
+            put(self.path, dict(rows))
+
+    def rows(self) -> dict[int, Any]:
+        batches = list(open_store(self.uri).scan(100))
+        return {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
+
+    def holds(self, name: str | None) -> bool:
+        wanted = self.vectors
+        if name is not None:
+            wanted = ss.Refiner.load(self.folder / name).refine_rows(self.vectors, self.ids)
+        rows = self.rows()
+        found = np.stack([rows[i] for i in self.points])
+        return len(rows) == len(self.points) and bool(
+            np.allclose(found, wanted, atol=1e-6 if name else 0)
+        )
+
+
+def put_file(copy: Path, path: Path) -> None:
+    shutil.copyfile(copy, path)
+
+
+def put(folder: Path, rows: dict[int, Any]) -> None:
+    shard = edge.EdgeShard.load(str(folder))
+    fill(shard, [*rows], np.stack([*rows.values()]))
+    shard.flush()
+    shard.close()
