@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
@@ -210,3 +211,90 @@ def test_who_may_not_claim_is_not_kept_from_writing(server: Server, tmp_path: Pa
     server.fault = fault
     assert desk.refine("A")
     assert desk.holds() == "A"
+
+
+class Alternating:
+    """Lets another run go from beginning to end before an operation of this one on the disk."""
+
+    OPERATIONS = ("open", "replace", "link", "fsync", "unlink", "mkdir", "chmod", "rmdir")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, other: Callable[[], None]) -> None:
+        self._left, self._other, self.came = at, other, False
+        for name in self.OPERATIONS:
+            monkeypatch.setattr(os, name, self._before(getattr(os, name)))
+
+    def _before(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 whatever it wraps
+            self._left -= 1
+            if self._left == -1:
+                self.came = True
+                self._other()
+            return operation(*arguments, **named)
+
+        return wrapped
+
+
+def refined_by(uri: str, refiner: Path, state: Path | None) -> bool:
+    """Refine as an operator does; tell whether it went well."""
+    settings = ss.Settings(refiner=refiner, state=state, accept_unmeasured=True)
+    try:
+        ss.refine(open_store(uri), ss.Judgments(), settings)
+    except SimskipError:
+        return False
+    return True
+
+
+def done(first: bool, second: bool) -> list[str]:
+    """Return whose rows there may be: of two that went well, one found what the other had left."""
+    return ["A"] * first + ["B"] * second or [""]
+
+
+@pytest.mark.parametrize("kind", ["faiss", "parquet"])
+@pytest.mark.parametrize("states", [(None, None), ("one", "two"), (None, "two"), ("one", None)])
+def test_two_operators_at_one_file_leave_the_rows_of_one(
+    kind: str,
+    states: tuple[str | None, str | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Let B run from beginning to end before every operation of A on the disk."""
+    ids = np.arange(N) * 3
+    rows = np.random.default_rng(1).normal(size=(N, D)).astype(np.float32)
+    made = {"": rows}
+    for seed, name in enumerate("AB"):
+        refiner = random_refiner(D, ids, seed)
+        refiner.save(tmp_path / name)
+        made[name] = refiner.refine_rows(rows, ids)
+    outcomes = set()
+    for at in count():
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        path = folder / "index"
+        uri = f"faiss:{path}" if kind == "faiss" else f"parquet:{path}?metric=dot"
+        if kind == "faiss":
+            ivf(path, ids, rows)
+        else:
+            write_rows(path, ids, rows)
+        first_file = path.read_bytes()
+        places = [None if name is None else folder / name for name in states]
+        second: list[bool] = []
+        with monkeypatch.context() as patch:
+            alternating = Alternating(
+                patch,
+                at,
+                lambda: second.append(refined_by(uri, tmp_path / "B", places[1])),  # noqa: B023
+            )
+            first = refined_by(uri, tmp_path / "A", places[0])
+        if not alternating.came:
+            break
+        (batch,) = open_store(uri).scan(N)
+        held = [name for name in made if np.allclose(batch.vectors, made[name], atol=1e-6)]
+        assert held, (at, first, second)
+        (holder,) = held
+        assert holder in done(first, second[0]), (at, first, second)
+        outcomes.add((first, second[0]))
+        if holder:
+            ss.rollback(open_store(uri), state=places["AB".index(holder)])
+        assert path.read_bytes() == first_file, at
+    assert {(True, False), (False, True)} <= outcomes or (True, True) in outcomes
+    assert at > 20
