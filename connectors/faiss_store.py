@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,9 @@ from simskip_vdb.connectors.part_notes import refuse_part
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
+    appear,
     confirm,
     copy_durably,
-    give_new_name,
     keep_as,
     staged,
     swap_in,
@@ -54,7 +56,7 @@ from simskip_vdb.errors import (
     UnsupportedIndexError,
     VerificationError,
 )
-from simskip_vdb.store import Check, ExactVectors
+from simskip_vdb.store import Candidate, ExactVectors
 
 _SCHEME = "faiss:"
 _ROWS = 8192
@@ -219,14 +221,11 @@ class FaissStore:
         scores = np.where(ids == -1, -np.inf, distances if similarity else -distances)
         return Neighbors(ids=ids, scores=scores.astype(np.float32))
 
-    def replace(self, batches: Iterable[VectorBatch], check: Check) -> None:
-        """Write new vectors to existing rows; see `VectorStore.replace`."""
-        self.replace_keeping(batches, check, keep=None, expected=self.sha256())
-
-    def replace_keeping(
-        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
-    ) -> None:
-        """Replace as `replace` does, and keep the old file; see `FileBacked.replace_keeping`."""
+    @contextmanager
+    def prepared(
+        self, batches: Iterable[VectorBatch], *, keep: Path | None, expected: str
+    ) -> Iterator[Candidate]:
+        """Write the index anew beside itself; see `FileBacked.prepared`."""
         self._writable()
         self._unchanged()
         old, new = self._lists, None
@@ -237,27 +236,28 @@ class FaissStore:
             staged(self._path) as temporary,
         ):
             take_mode_and_owner(temporary, self._path)
-            self._write(batches, check, temporary, new)
-            self._unchanged(expected)
-            take_mode_and_owner(temporary, self._path)
-            keep_as(self._path, keep, expected)
-            self._unchanged()
-            written = Identity.of(temporary)
-            swap_in(temporary, self._path)
-            self._open(Trust.ALL if Identity.of(self._path) == written else Trust.NONE)
-            confirm(self._path)
+            candidate = self._written(batches, temporary, new)
+            yield Candidate(candidate, partial(self._swap_in, temporary, keep, expected))
 
-    def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
-        """Write the rewritten index to a new file; see `FileBacked.write_copy`."""
+    def _swap_in(self, temporary: Path, keep: Path | None, expected: str) -> None:
+        self._unchanged(expected)
+        take_mode_and_owner(temporary, self._path)
+        keep_as(self._path, keep, expected)
+        self._unchanged()
+        written = Identity.of(temporary)
+        swap_in(temporary, self._path)
+        self._open(Trust.ALL if Identity.of(self._path) == written else Trust.NONE)
+        confirm(self._path)
+
+    @contextmanager
+    def prepared_copy(self, batches: Iterable[VectorBatch], output: Path) -> Iterator[Candidate]:
+        """Write the rewritten index to a new file; see `FileBacked.prepared_copy`."""
         if os.path.lexists(output):
             raise StoreError(f"{output}: exists already; choose another name")
         new = None if self._lists is None else self._lists.copied_to(output)
         with switching(output, old=None, new=new), staged(output) as temporary:
-            self._write(batches, check, temporary, new)
-            with disk_errors(output):
-                temporary.chmod(self._path.stat().st_mode & 0o777)
-            give_new_name(temporary, output)
-            confirm(output)
+            candidate = self._written(batches, temporary, new)
+            yield Candidate(candidate, partial(appear, temporary, output, self._path))
 
     def info_at(self, path: Path) -> StoreInfo:
         """Describe a copy at another path; see `FileBacked.info_at`."""
@@ -348,10 +348,10 @@ class FaissStore:
                 return self._flat.read(start, stop)
             return self._layout.read(start, stop)
 
-    def _write(
-        self, batches: Iterable[VectorBatch], check: Check, target: Path, lists: ListFile | None
-    ) -> None:
-        """Write the rewritten index to `target`, its lists to `lists`, and let it be checked."""
+    def _written(
+        self, batches: Iterable[VectorBatch], target: Path, lists: ListFile | None
+    ) -> FaissStore:
+        """Write the rewritten index to `target`, its lists to `lists`, and open it."""
         self._drop_pages()
         rows = self._merged(batches)
         if self._flat is not None:
@@ -368,7 +368,7 @@ class FaissStore:
             self._drop_pages()
         candidate = FaissStore(target, read_only=True, trust=Trust.HEADER)
         self._verify(candidate)
-        check(candidate)
+        return candidate
 
     def _drop_pages(self) -> None:
         """Map the file anew: its pages that were read count as memory."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote
@@ -18,9 +19,9 @@ from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrit
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
 from simskip_vdb.connectors.swap import (
     Identity,
+    appear,
     confirm,
     copy_durably,
-    give_new_name,
     keep_as,
     staged,
     swap_in,
@@ -41,7 +42,7 @@ from simskip_vdb.datatypes import (
 from simskip_vdb.durable import beside, json_of, make_durable, sha256_of
 from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError, VerificationError
 from simskip_vdb.search import exact_search
-from simskip_vdb.store import Check
+from simskip_vdb.store import Candidate
 
 SCHEME = "parquet"
 _ROWS = 8192
@@ -186,32 +187,35 @@ class ParquetFile:
         ids = np.append(self.ids, nothing)[found.ids]  # -1 is the last
         return Neighbors(ids=ids, scores=found.scores)
 
-    def replace_keeping(
-        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
-    ) -> None:
-        """Write the file anew and swap it in; see `FileBacked.replace_keeping`."""
+    @contextmanager
+    def prepared(
+        self, batches: Iterable[VectorBatch], *, keep: Path | None, expected: str
+    ) -> Iterator[Candidate]:
+        """Write the file anew beside itself; see `FileBacked.prepared`."""
         self._writable()
         with staged(self._path) as temporary:
             take_mode_and_owner(temporary, self._path)
-            self._write(batches, check, temporary)
-            unchanged(self._path, self._identity, expected)
-            take_mode_and_owner(temporary, self._path)
-            keep_as(self._path, keep, expected)
-            unchanged(self._path, self._identity)
-            with checksum_follows(self._path, temporary):
-                swap_in(temporary, self._path)
-            self.reopen()
-            confirm(self._path)
+            candidate = self._written(batches, temporary)
+            yield Candidate(candidate, partial(self._swap_in, temporary, keep, expected))
 
-    def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
-        """Write the rewritten file to a new one; see `FileBacked.write_copy`."""
+    def _swap_in(self, temporary: Path, keep: Path | None, expected: str) -> None:
+        unchanged(self._path, self._identity, expected)
+        take_mode_and_owner(temporary, self._path)
+        keep_as(self._path, keep, expected)
+        unchanged(self._path, self._identity)
+        with checksum_follows(self._path, temporary):
+            swap_in(temporary, self._path)
+        self.reopen()
+        confirm(self._path)
+
+    @contextmanager
+    def prepared_copy(self, batches: Iterable[VectorBatch], output: Path) -> Iterator[Candidate]:
+        """Write the rewritten file to a new one; see `FileBacked.prepared_copy`."""
         if os.path.lexists(output):
             raise StoreError(f"{output}: exists already; choose another name")
         with staged(output) as temporary:
-            self._write(batches, check, temporary)
-            temporary.chmod(self._path.stat().st_mode & 0o777)
-            give_new_name(temporary, output)
-            confirm(output)
+            candidate = self._written(batches, temporary)
+            yield Candidate(candidate, partial(appear, temporary, output, self._path))
 
     def info_at(self, path: Path) -> StoreInfo:
         """Describe a copy at another path; see `FileBacked.info_at`."""
@@ -264,8 +268,8 @@ class ParquetFile:
         for batch in self.scan(_ROWS):
             yield int(batch.cursor or 0) - len(batch), batch.vectors
 
-    def _write(self, batches: Iterable[VectorBatch], check: Check, target: Path) -> None:
-        """Write the file with new vectors to `target`, and let it be checked."""
+    def _written(self, batches: Iterable[VectorBatch], target: Path) -> ParquetFile:
+        """Write the file with new vectors to `target`, and open it."""
         unchanged(self._path, self._identity)
         changes = _Changes(self._rows.changes(batches, self._columns.dim))
         rewrite(self._columns, target, changes.lay_over)
@@ -276,7 +280,7 @@ class ParquetFile:
             raise VerificationError(
                 f"{self._uri}: written anew, its columns or ids would differ; nothing was changed"
             )
-        check(candidate)
+        return candidate
 
 
 class _Changes:

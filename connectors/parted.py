@@ -286,7 +286,10 @@ class _Part:
             (batch.vectors.view(np.uint32) != self.store.fetch(batch.ids).view(np.uint32)).any()
             for batch in self._batches()
         ):
-            self.store.replace_keeping(self._batches(), _accept, keep=None, expected=self._sha256)
+            with self.store.prepared(
+                self._batches(), keep=None, expected=self._sha256
+            ) as candidate:  # rows are read back when all parts are written
+                candidate.commit()
         self.forget()
 
     def forget(self) -> None:
@@ -321,7 +324,3 @@ def check_alike(uri: str, stores: Sequence[tuple[Path, int, Metric]]) -> None:
             )
     if len({path for path, _, _ in stores}) < len(stores):
         raise DataError(f"{uri}: two of the names lead to the same file")
-
-
-def _accept(candidate: VectorStore) -> None:
-    """Check nothing more: rows are read back when all parts are written."""

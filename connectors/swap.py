@@ -158,19 +158,21 @@ def swap_in(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
-def give_new_name(temporary: Path, output: Path) -> None:
-    """Give the staged file a name that nobody has.
+def appear(temporary: Path, output: Path, like: Path) -> None:
+    """Give the staged file a name that nobody has, and the mode of the file that it is like.
 
     Raises:
         StoreError: Somebody has it.
     """
     with disk_errors(output):
+        temporary.chmod(like.stat().st_mode & 0o777)
         try:
             os.link(temporary, output)
         except FileExistsError:
             raise StoreError(f"{output}: exists already; choose another name") from None
         except OSError:
             os.replace(temporary, output)
+    confirm(output)
 
 
 def confirm(path: Path) -> None:

@@ -157,6 +157,12 @@ class Outgoing:
             )
         return read
 
+    def outcome(self, mode: str) -> Written:
+        """Tell what was written."""
+        return Written(
+            rows=self.moved, skipped=len(self._rows) - self.moved, mode=mode, sent=self.moved
+        )
+
     def _expected(self, places: Positions) -> Vectors:
         return refined_at(self._rows, self._refine, places)
 

@@ -123,7 +123,7 @@ def write(
     progress: Progress = silent,
     send: row_by_row.Send | None = None,
 ) -> Written:
-    """Write refined vectors in place: announced, verified, and undoable.
+    """Write refined vectors: announced, read back, measured, committed and settled.
 
     Args:
         store: The index.
@@ -132,7 +132,7 @@ def write(
         journal: The state, locked.
         refiner: What is written, for the record.
         accept: Sees the candidate file before the swap, or the index after writing its rows, and
-            raises to refuse it.
+            raises to refuse it; then all is as it was.
         summary: What `status` shows of this write.
         mode: Where rows are written: ``in-place``, ``new-vector`` or ``new-collection``.
         progress: Called with rows done and rows in all.
@@ -141,20 +141,56 @@ def write(
     Raises:
         ConfigError: The store does not know this mode.
         VerificationError: The candidate does not hold what was written; the index is as it was.
-        StoreError: Writing failed; the index is as it was, or the same command resumes.
+        NothingWrittenError: No row would hold another vector; the index is as it was.
+        StoreChangedError: The index changed since it was read; it was left as it is.
+        TransientStoreError: The store kept failing; the same command resumes.
+        StoreError: Writing failed; the index is as it was.
     """
-    kwargs: dict[str, Any] = {
-        "journal": journal,
-        "refiner": refiner,
-        "accept": accept,
-        "summary": summary,
-        "progress": progress,
-    }
-    if isinstance(store, FileBacked):
-        check_mode(store, mode)
-        return whole_file.write(store, found, refine, **kwargs)
+    check_mode(store, mode)
     with journal.holding(store):
-        return row_by_row.write(_by_rows(store), found, refine, mode=mode, send=send, **kwargs)
+        with _candidate(
+            store, found, refine, journal, refiner, summary, mode, progress, send
+        ) as candidate:
+            written = candidate.fill()
+            accept(candidate.store)
+            candidate.commit()
+        journal.settle(happened=True, done=candidate.write)
+    return written
+
+
+def _candidate(
+    store: VectorStore,
+    found: Snapshot,
+    refine: Refine,
+    journal: Journal,
+    refiner: Refiner,
+    summary: Mapping[str, Any],
+    mode: str,
+    progress: Progress,
+    send: row_by_row.Send | None,
+) -> whole_file.NewFile | whole_file.SameFile | row_by_row.NewRows:
+    """Return what refined vectors are written to: a file beside, or rows and their journal."""
+    if isinstance(store, FileBacked):
+        return whole_file.candidate_of(
+            store,
+            found,
+            refine,
+            journal=journal,
+            refiner=refiner.id,
+            summary=summary,
+            progress=progress,
+        )
+    return row_by_row.NewRows(
+        _by_rows(store),
+        found,
+        refine,
+        journal=journal,
+        refiner=refiner,
+        summary=summary,
+        mode=mode,
+        progress=progress,
+        send=send,
+    )
 
 
 def check_mode(store: VectorStore, mode: str) -> None:

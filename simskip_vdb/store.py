@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,7 @@ from simskip_vdb.datatypes import (
 
 BESIDE = "@simskip"
 """How the names end of vectors and collections that hold refined copies."""
+
 
 Check = Callable[["VectorStore"], None]
 """Looks at the rewritten store and raises to refuse it."""
@@ -343,20 +345,19 @@ class FileBacked(Protocol):
         """Hash the file's bytes, 64 hex digits."""
         ...
 
-    def replace_keeping(
-        self, batches: Iterable[VectorBatch], check: Check, *, keep: Path | None, expected: str
-    ) -> None:
-        """Write new vectors to existing rows; nothing else changes.
+    def prepared(
+        self, batches: Iterable[VectorBatch], *, keep: Path | None, expected: str
+    ) -> AbstractContextManager[Candidate]:
+        """Write the index anew beside itself, with new vectors in existing rows.
 
-        Batches follow the order of `scan`; rows left out keep their vectors. `check` sees the
-        rewritten index before it takes effect, and refuses it by raising; the error passes through
-        and the index is as it was.
+        Batches follow the order of `scan`; rows left out keep their vectors, and nothing else
+        changes. The candidate takes the index's place when it is committed; without that, all is
+        as it was when the block ends.
 
         Args:
             batches: New vectors.
-            check: Looks at the candidate.
             keep: Where the old file is kept, if anywhere.
-            expected: The swap happens only while the file's hash is this.
+            expected: It is committed only while the file's hash is this.
 
         Raises:
             DataError: A batch names an unknown id, is out of order, or has a wrong dimension.
@@ -364,8 +365,10 @@ class FileBacked(Protocol):
         """
         ...
 
-    def write_copy(self, batches: Iterable[VectorBatch], check: Check, *, output: Path) -> None:
-        """Write the rewritten index to a new file, `output`, and leave this one alone."""
+    def prepared_copy(
+        self, batches: Iterable[VectorBatch], output: Path
+    ) -> AbstractContextManager[Candidate]:
+        """Prepare as `prepared` does what becomes a new file, and leave this one alone."""
         ...
 
     def info_at(self, path: Path) -> StoreInfo:
@@ -373,5 +376,22 @@ class FileBacked(Protocol):
         ...
 
     def put_back(self, kept: Path, *, expected: str) -> None:
-        """Swap a file kept by `replace_keeping` back, while the file's hash is `expected`."""
+        """Swap a file kept by `prepared` back, while the file's hash is `expected`."""
         ...
+
+
+class FileStore(VectorStore, FileBacked, Protocol):
+    """A store that is one file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An index that was written anew and has not taken the other's place yet.
+
+    Attributes:
+        store: Reads it.
+        commit: Lets it take that place, once.
+    """
+
+    store: FileStore
+    commit: Callable[[], None]

@@ -445,7 +445,9 @@ def exact_scores(queries: Vectors, vectors: Vectors, metric: Metric) -> NDArray[
 
 def _replace(store: VectorStore, batches: Iterable[VectorBatch], check: Check) -> None:
     assert isinstance(store, FileBacked)
-    store.replace_keeping(batches, check, keep=None, expected=store.sha256())
+    with store.prepared(batches, keep=None, expected=store.sha256()) as candidate:
+        check(candidate.store)
+        candidate.commit()
 
 
 def _any_row(now: VectorBatch) -> Mask:

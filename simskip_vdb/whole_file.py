@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +26,12 @@ from simskip_vdb.outgoing import (
     refuse_nothing,
 )
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows
-from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import Register
 from simskip_vdb.rows import Digests, Originals, row_digests
 from simskip_vdb.sending import Snapshot
-from simskip_vdb.store import Check, FileBacked, VectorStore
+from simskip_vdb.store import Check, FileStore, VectorStore
 
 log = logging.getLogger(__name__)
-
-
-class FileStore(VectorStore, FileBacked, Protocol):
-    """A store that is one file."""
 
 
 def recover(store: FileStore, journal: Journal) -> None:
@@ -62,94 +59,177 @@ def recover(store: FileStore, journal: Journal) -> None:
     journal.settle(happened=happened)
 
 
-def write(
+class NewFile:
+    """The index file with refined vectors, beside the one in place, which it takes the place of.
+
+    Args:
+        store: The index.
+        found: What was read of it.
+        refine: Refines a block of originals.
+        journal: The state, locked.
+        refiner: Id of what is written, for the record.
+        summary: What `status` shows of this write.
+        progress: Called with rows done and rows in all.
+    """
+
+    def __init__(
+        self,
+        store: FileStore,
+        found: Snapshot,
+        refine: Refine,
+        *,
+        journal: Journal,
+        refiner: str,
+        summary: Mapping[str, Any],
+        progress: Progress,
+    ) -> None:
+        self._file, self._found, self._journal = store, found, journal
+        self._outgoing = Outgoing(found.rows, refine, progress)
+        current, before = journal.manifest.current, found.sha256
+        kept, self._keep = None, None
+        if current is None and not found.ours.any():
+            kept = FileRef(name=f"kept-{before[:12]}", sha256=before)
+            self._keep = journal.folder / kept.name
+        elif current is not None and before == current.fingerprint:
+            kept = current.kept
+        self.write = Write(
+            refiner=refiner,
+            before=before,
+            fingerprint="",
+            originals=journal.scanned,
+            written=None,
+            kept=kept,
+            time=time.time(),
+            summary=summary,
+        )
+        self._stack = ExitStack()
+
+    def __enter__(self) -> NewFile:
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            if isinstance(error, Exception) and self._file.sha256() == self.write.before:
+                self._journal.settle(happened=False)
+
+    def fill(self) -> Written:
+        """Write the file and read it back.
+
+        Raises:
+            VerificationError: It does not hold what was written.
+            NothingWrittenError: No row would get another vector.
+            StoreChangedError: The file in place changed since it was read.
+        """
+        now = self._pool.submit(self._file.sha256)
+        prepared = self._file.prepared(
+            self._outgoing.batches(), keep=self._keep, expected=self.write.before
+        )
+        self._candidate = self._stack.enter_context(prepared)
+        unchanged_since(self._file, now.result(), self.write.before)
+        self._fingerprint = self._pool.submit(self.store.sha256)
+        self._digests = self._outgoing.verify(self.store)
+        outcome = self._outgoing.outcome("in-place")
+        refuse_nothing(self._file.info().uri, outcome)
+        return outcome
+
+    @property
+    def store(self) -> FileStore:
+        """The new file."""
+        return self._candidate.store
+
+    def commit(self) -> None:
+        """Announce the write, and swap."""
+        written = self._journal.save_written(
+            self._found.rows.ids, self._digests, self._outgoing.originals
+        )
+        self.write = replace(self.write, written=written, fingerprint=self._fingerprint.result())
+        self._journal.announce(self.write)
+        self._candidate.commit()
+
+
+class SameFile:
+    """The index file where it is as it should be: rows came that stay raw, or rows went.
+
+    Args:
+        store: The index.
+        found: What was read of it.
+        new: What would be written.
+        journal: The state, locked.
+    """
+
+    def __init__(self, store: FileStore, found: Snapshot, new: NewFile, journal: Journal) -> None:
+        self.store, self.write = store, new.write
+        self._found, self._journal = found, journal
+
+    def __enter__(self) -> SameFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def fill(self) -> Written:
+        """Write nothing.
+
+        Raises:
+            StoreChangedError: The file changed since it was read.
+        """
+        unchanged_since(self.store, self.store.sha256(), self.write.before)
+        return Written(rows=0, skipped=len(self._found.rows), mode="in-place")
+
+    def commit(self) -> None:
+        """Announce that it is so."""
+        found = self._found
+        originals = np.concatenate([row_digests(block) for _, block in found.rows.blocks()])
+        written = self._journal.save_written(found.rows.ids, found.digests, originals)
+        self.write = replace(self.write, written=written, fingerprint=self.write.before)
+        self._journal.announce(self.write)
+
+
+def candidate_of(
     store: FileStore,
     found: Snapshot,
     refine: Refine,
     *,
     journal: Journal,
-    refiner: Refiner,
-    accept: Check,
+    refiner: str,
     summary: Mapping[str, Any],
-    progress: Progress = silent,
-) -> Written:
-    """Write refined vectors in place: announced, verified, and undoable.
+    progress: Progress,
+) -> NewFile | SameFile:
+    """Return what holds the refined vectors until it takes the index's place; see `NewFile`."""
+    new = NewFile(
+        store,
+        found,
+        refine,
+        journal=journal,
+        refiner=refiner,
+        summary=summary,
+        progress=progress,
+    )
+    current = journal.manifest.current
+    if current is not None and current.refiner == refiner and _all_there(found, refine):
+        return SameFile(store, found, new, journal)
+    return new
 
-    Args:
-        store: The index, which must be one file.
-        found: What was read of it.
-        refine: Refines a block of originals.
-        journal: The state, locked.
-        refiner: What is written, for the record.
-        accept: Sees the candidate before the swap, and raises to refuse it.
-        summary: What `status` shows of this write.
-        progress: Called with rows done and rows in all.
+
+def unchanged_since(store: FileStore, now: str, before: str) -> None:
+    """Make sure, by its bytes, that a file is as it was read: clocks are set back, too.
 
     Raises:
-        VerificationError: The candidate does not hold what was written; nothing was swapped.
-        NothingWrittenError: No row would get another vector; nothing was swapped.
-        StoreChangedError: The file changed since it was read; it was left as it is.
-        StoreError: Writing failed; nothing was swapped.
+        StoreChangedError: It is not.
     """
-    before = found.sha256
-    current = journal.manifest.current
-    kept: FileRef | None = None
-    if current is None and not found.ours.any():
-        kept = FileRef(name=f"kept-{before[:12]}", sha256=before)
-    elif current is not None and before == current.fingerprint:
-        kept = current.kept
-    rows = found.rows
-    outgoing = Outgoing(rows, refine, progress)
-
-    def announce(fingerprint: str, digests: Digests, originals: Digests) -> None:
-        journal.announce(
-            Write(
-                refiner=refiner.id,
-                before=before,
-                fingerprint=fingerprint,
-                originals=journal.scanned,
-                written=journal.save_written(rows.ids, digests, originals),
-                kept=kept,
-                time=time.time(),
-                summary=summary,
-            )
+    if now != before:
+        raise StoreChangedError(
+            f"{store.info().uri}: somebody else wrote to it since it was read; it was left as "
+            "it is. Run the command again"
         )
-
-    def unchanged(now: str) -> None:
-        if now != before:  # by its bytes: clocks are set back, and files are restored
-            raise StoreChangedError(
-                f"{store.info().uri}: somebody else wrote to it since it was read; it was left as "
-                "it is. Run the command again"
-            )
-
-    if current is not None and current.refiner == refiner.id and _all_there(found, refine):
-        # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
-        unchanged(store.sha256())
-        accept(store)
-        originals = np.concatenate([row_digests(block) for _, block in rows.blocks()])
-        announce(before, found.digests, originals)
-        journal.settle(happened=True)
-        return Written(rows=0, skipped=len(rows), mode="in-place")
-    keep = journal.folder / kept.name if current is None and kept is not None else None
-    with ThreadPoolExecutor(1) as pool:
-        now = pool.submit(store.sha256)
-
-        def check(candidate: VectorStore) -> None:
-            unchanged(now.result())
-            fingerprint = pool.submit(_file(candidate).sha256)
-            digests = outgoing.verify(candidate)
-            refuse_nothing(store.info().uri, _outcome(outgoing, rows, "in-place"))
-            accept(candidate)
-            announce(fingerprint.result(), digests, outgoing.originals)
-
-        try:
-            store.replace_keeping(outgoing.batches(), check, keep=keep, expected=before)
-        except Exception:
-            if store.sha256() == before:
-                journal.settle(happened=False)
-            raise
-    journal.settle(happened=True)
-    return _outcome(outgoing, rows, "in-place")
 
 
 def _all_there(found: Snapshot, refine: Refine) -> bool:
@@ -176,19 +256,13 @@ def write_copy(
         VerificationError: The copy does not hold what was written; it is removed.
     """
     outgoing = Outgoing(rows, refine, progress)
-
-    def check(candidate: VectorStore) -> None:
-        outgoing.verify(candidate)
-        refuse_nothing(store.info().uri, _outcome(outgoing, rows, "copy"))
-        accept(candidate)
-
-    store.write_copy(outgoing.batches(), check, output=output)
-    return _outcome(outgoing, rows, "copy")
-
-
-def _outcome(outgoing: Outgoing, rows: Originals, mode: str) -> Written:
-    moved = outgoing.moved
-    return Written(rows=moved, skipped=len(rows) - moved, mode=mode, sent=moved)
+    with store.prepared_copy(outgoing.batches(), output) as candidate:
+        outgoing.verify(candidate.store)
+        outcome = outgoing.outcome("copy")
+        refuse_nothing(store.info().uri, outcome)
+        accept(candidate.store)
+        candidate.commit()
+    return outcome
 
 
 def rollback(store: FileStore, journal: Journal, progress: Progress = silent) -> RolledBack:
@@ -266,13 +340,12 @@ def _restore_rows(
             progress("restore", done, total)
         true.check()
 
-    def check(candidate: VectorStore) -> None:
-        if not counts[0]:
-            raise nothing_to_undo(store)
-        journal.announce(_undoing(journal, now, _file(candidate).sha256()))
-
     try:
-        store.replace_keeping(batches(), check, keep=None, expected=now)
+        with store.prepared(batches(), keep=None, expected=now) as candidate:
+            if not counts[0]:
+                raise nothing_to_undo(store)
+            journal.announce(_undoing(journal, now, candidate.store.sha256()))
+            candidate.commit()
     except Exception:
         if store.sha256() == now:
             journal.settle(happened=False)
@@ -286,11 +359,6 @@ def _digests_of(journal: Journal, write: Write) -> Digests:
         return np.sort(journal.open_written(write.written)[1])
     digests = [row_digests(block) for _, block in journal.open_originals(write).blocks()]
     return np.sort(np.concatenate(digests))
-
-
-def _file(candidate: VectorStore) -> FileBacked:
-    assert isinstance(candidate, FileBacked)
-    return candidate
 
 
 def _count_rows(store: VectorStore, digests: Digests) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,7 +12,8 @@ import faiss
 import numpy as np
 from faiss_cells import move_lists
 
-from simskip_vdb.datatypes import Ids, Metric, Vectors
+from simskip_vdb.datatypes import Ids, Metric, VectorBatch, Vectors
+from simskip_vdb.store import Check, FileBacked
 
 Index: TypeAlias = Any
 
@@ -150,3 +151,27 @@ def _be_quiet(index: Index) -> None:
                 getattr(part, "cp", part).min_points_per_centroid = 1
         nested = getattr(inner, "index", None) or getattr(inner, "base_index", None)
         inner = faiss.downcast_index(nested) if nested is not None else None
+
+
+def replace(
+    store: FileBacked,
+    batches: Iterable[VectorBatch],
+    check: Check,
+    *,
+    keep: Path | None = None,
+    expected: str | None = None,
+) -> None:
+    """Write new vectors as a run does that only looks at what it wrote."""
+    expected = store.sha256() if expected is None else expected
+    with store.prepared(batches, keep=keep, expected=expected) as candidate:
+        check(candidate.store)
+        candidate.commit()
+
+
+def write_copy(
+    store: FileBacked, batches: Iterable[VectorBatch], check: Check, *, output: Path
+) -> None:
+    """Write new vectors to another file."""
+    with store.prepared_copy(batches, output) as candidate:
+        check(candidate.store)
+        candidate.commit()

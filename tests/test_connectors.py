@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from builders import flat, ivf, random_refiner
 from edge_shards import make, row_ids
-from faiss_files import KINDS, make_index, write
+from faiss_files import KINDS, make_index, replace, write
 from hypothesis import given
 from hypothesis import strategies as st
 from parquet_files import write_rows
@@ -56,7 +56,7 @@ def test_a_path_with_a_colon_is_a_path(path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_read_only_reaches_the_store(path: Path) -> None:
     with pytest.raises(ConfigError, match="reading only"):
-        FaissStore.open(str(path), read_only=True).replace([], lambda store: None)
+        replace(FaissStore.open(str(path), read_only=True), [], lambda store: None)
 
 
 def test_unknown_schemes_name_the_known_ones() -> None:

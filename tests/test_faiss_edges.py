@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pytest
 from faiss_cells import CELLS, SMALL, Cell, Expect, be_quiet, ids_of
+from faiss_files import replace
 from faiss_walk import learned, parameters
 
 from simskip_vdb.connectors.faiss_store import FaissStore
@@ -55,7 +56,7 @@ def _replaced(path: Path, cell: Cell, vectors: Vectors) -> VectorStore:
     store = FaissStore(path)
     (ids, *_) = [batch.ids for batch in store.scan(10)] or [np.empty(0, np.int64)]
     np.testing.assert_array_equal(ids, ids_of(cell, len(vectors)))
-    store.replace([VectorBatch(ids=ids, vectors=vectors)], lambda candidate: None)
+    replace(store, [VectorBatch(ids=ids, vectors=vectors)], lambda candidate: None)
     return store
 
 
@@ -89,6 +90,6 @@ def test_one_dimension_and_thousands(factory: str, dim: int, tmp_path: Path) -> 
     if factory.startswith("L2norm"):
         new /= np.linalg.norm(new, axis=1, keepdims=True)
     store = FaissStore(path)
-    store.replace([VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
+    replace(store, [VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
     np.testing.assert_allclose(store.fetch(ids), new, atol=0.03)
     assert parameters(faiss.read_index(str(path))) == before

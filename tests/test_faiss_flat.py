@@ -5,6 +5,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+from faiss_files import replace
 
 from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_store import FaissStore
@@ -91,7 +92,7 @@ def test_a_store_holds_neither_the_old_nor_the_new_rows_in_memory(
     store = FaissStore(path)
     monkeypatch.setattr(faiss, "write_index", held)
     monkeypatch.setattr("simskip_vdb.connectors.faiss_store.rebuild", held)
-    store.replace([VectorBatch(ids=ids[5:9], vectors=rows[5:9] + 1)], lambda candidate: None)
+    replace(store, [VectorBatch(ids=ids[5:9], vectors=rows[5:9] + 1)], lambda candidate: None)
     expected = rows.copy()
     expected[5:9] += 1
     assert faiss.read_index(str(path)).search(expected[5:9], 1)[1].ravel().tolist() == (

@@ -9,6 +9,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
+from faiss_files import replace
 
 from simskip_vdb.connectors import faiss_gpu
 from simskip_vdb.connectors.faiss_store import FaissStore
@@ -57,7 +58,7 @@ def rewritten(path: Path, vectors: Vectors) -> FaissStore:
     if store.info().lossy:
         store.take_originals(vectors)
     batch = VectorBatch(ids=np.arange(COUNT), vectors=vectors[::-1] * np.float32(0.5))
-    store.replace([batch], lambda candidate: None)
+    replace(store, [batch], lambda candidate: None)
     return store
 
 

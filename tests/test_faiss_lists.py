@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 import pytest
 from builders import random_refiner
-from faiss_files import put_lists_on_disk, read
+from faiss_files import put_lists_on_disk, read, replace
 
 from simskip_vdb.connectors.faiss_lists import ivf_of, switching
 from simskip_vdb.connectors.faiss_store import FaissStore
@@ -114,7 +114,7 @@ def test_an_application_finds_the_new_lists_where_it_found_the_old(
     name = str(folder / "lists") if name == "absolute" else name
     path = save(folder / "x.faiss", vectors, name)
     store = FaissStore(path)
-    store.replace(halve(store), accept)
+    replace(store, halve(store), accept)
     os.chdir(folder if not name.startswith("/") else "/")
     assert named_in(path).rpartition("/")[0] == name.rpartition("/")[0]
     np.testing.assert_array_equal(rows_by_faiss(path), vectors * HALF)
@@ -125,7 +125,7 @@ def test_an_application_finds_the_new_lists_where_it_found_the_old(
     del index
     grown = FaissStore(path)
     assert grown.info().count == 2 * COUNT
-    grown.replace(halve(grown), accept)
+    replace(grown, halve(grown), accept)
     both = np.concatenate([vectors * HALF, vectors]) * HALF
     np.testing.assert_array_equal(rows_by_faiss(path), both)
     assert len(names_in(folder)) == 3
@@ -135,7 +135,7 @@ def test_relative_to_where_the_application_runs(tmp_path: Path, vectors: Vectors
     path = save(tmp_path / "saved" / "x.faiss", vectors)
     os.rename(path.with_name("lists"), tmp_path / "here" / "lists")
     store = FaissStore(path)
-    store.replace(halve(store), accept)
+    replace(store, halve(store), accept)
     assert store._lists is not None
     assert names_in(path.parent) == ["x.faiss"]
     assert len(names_in(tmp_path / "here")) == 2
@@ -165,7 +165,7 @@ def test_lists_that_change_meanwhile(tmp_path: Path, vectors: Vectors) -> None:
     with pytest.raises(StoreChangedError, match="lists"):
         store.search(vectors[:1], 1, {})
     with pytest.raises(StoreChangedError, match="lists"):
-        store.replace(new, accept)
+        replace(store, new, accept)
 
 
 def test_lists_that_several_indexes_share(tmp_path: Path, vectors: Vectors) -> None:
@@ -173,8 +173,12 @@ def test_lists_that_several_indexes_share(tmp_path: Path, vectors: Vectors) -> N
     other = Path(shutil.copy(path, path.with_name("y.faiss")))
     for index in (path, other):
         store = FaissStore(index)
-        store.replace_keeping(
-            halve(store), accept, keep=tmp_path / f"kept-{index.name}", expected=store.sha256()
+        replace(
+            store,
+            halve(store),
+            accept,
+            keep=tmp_path / f"kept-{index.name}",
+            expected=store.sha256(),
         )
     np.testing.assert_array_equal(rows_by_faiss(path), vectors * HALF)
     store = FaissStore(path)
@@ -206,7 +210,7 @@ def test_originals_that_changed_but_still_open_are_not_gone_back_to(
     path = save(tmp_path / "saved" / "x.faiss", vectors)
     store = FaissStore(path)
     kept = tmp_path / "kept"
-    store.replace_keeping(halve(store), accept, keep=kept, expected=store.sha256())
+    replace(store, halve(store), accept, keep=kept, expected=store.sha256())
     with path.with_name("lists").open("r+b") as file:
         file.write(b"\0" * 8)
     with pytest.raises(StoreChangedError, match=r"lists: somebody else wrote .* Remove .*kept"):
@@ -225,7 +229,7 @@ def test_a_refused_write_leaves_nothing(tmp_path: Path, vectors: Vectors) -> Non
 
     store = FaissStore(path)
     with pytest.raises(StoreError, match="no"):
-        store.replace(halve(store), refuse)
+        replace(store, halve(store), refuse)
     assert names_in(path.parent) == before
 
 
@@ -257,7 +261,7 @@ def test_only_files_with_names_of_our_own_are_swept(tmp_path: Path, vectors: Vec
 def test_an_interrupt_after_the_switch_keeps_both(tmp_path: Path, vectors: Vectors) -> None:
     path = save(tmp_path / "saved" / "x.faiss", vectors)
     store = FaissStore(path)
-    store.replace_keeping(halve(store), accept, keep=tmp_path / "kept", expected=store.sha256())
+    replace(store, halve(store), accept, keep=tmp_path / "kept", expected=store.sha256())
     old = store._lists
     assert old is not None
     new = old.successor(replaces_ours=True)

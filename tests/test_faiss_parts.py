@@ -30,7 +30,7 @@ from simskip_vdb.errors import (
 )
 from simskip_vdb.measuring import ThroughIndex
 from simskip_vdb.report import Report
-from simskip_vdb.store import VectorStore
+from simskip_vdb.store import Candidate, VectorStore
 
 # The whole job, judged.
 
@@ -115,15 +115,15 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
 @contextmanager
 def dying(at: int, error: BaseException) -> Iterator[None]:
     """Fail as the part of that number, from 0, is to be written."""
-    write, calls = FaissStore.replace_keeping, count()
+    prepare, calls = FaissStore.prepared, count()
 
-    def replace_keeping(self: FaissStore, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def prepared(self: FaissStore, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if next(calls) == at:
             raise error
-        write(self, *args, **kwargs)
+        return prepare(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FaissStore, "replace_keeping", replace_keeping)
+        patch.setattr(FaissStore, "prepared", prepared)
         yield
 
 
@@ -193,17 +193,19 @@ def test_a_failure_between_parts_is_undone(desk: Desk, before: int) -> None:
 
 def test_a_part_that_the_application_changes_meanwhile(desk: Desk) -> None:
     newer = np.full((1, D), 0.5, np.float32)
-    write = FaissStore.replace_keeping
+    prepare = FaissStore.prepared
 
-    def replace_keeping(self: FaissStore, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        write(self, *args, **kwargs)
+    @contextmanager
+    def prepared(self: FaissStore, *args: Any, **kwargs: Any) -> Iterator[Candidate]:  # noqa: ANN401
+        with prepare(self, *args, **kwargs) as candidate:
+            yield candidate
         if self.path == desk.paths[0]:
             ids = np.array([20_000])
             add = (lambda i: i.add_with_ids(newer, ids)) if desk.kind == "ivf" else None
             change(desk.paths[1], add or (lambda i: i.add(newer)))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FaissStore, "replace_keeping", replace_keeping)
+        patch.setattr(FaissStore, "prepared", prepared)
         with pytest.raises(StoreChangedError, match=r"part1\.faiss"):
             desk.refine()
     assert ss.status(open_store(desk.uri))["interrupted"]

@@ -19,8 +19,10 @@ from faiss_files import (
     Kind,
     make_index,
     read,
+    replace,
     rows_by_faiss,
     write,
+    write_copy,
 )
 
 from simskip_vdb.connectors.faiss_flat import FlatFile
@@ -147,7 +149,7 @@ def test_a_large_file_is_mapped(tmp_path: Path, kind: str, rng: np.random.Genera
     store = FaissStore(path)
     if kind == "flat":
         assert not store._layout.root.codes.is_owned
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     np.testing.assert_array_equal(rows_by_faiss(path)[1], shift(rows))
     np.testing.assert_array_equal(store.fetch(ids[::-1]), shift(rows)[::-1])
 
@@ -231,7 +233,7 @@ def test_an_id_map_keeps_its_order(
     (batch,) = store.scan(1000)
     np.testing.assert_array_equal(batch.ids, ids)
     assert batch.vectors.tobytes() == vectors.tobytes()
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     after = read(path)
     np.testing.assert_array_equal(faiss.vector_to_array(after.id_map), ids)
     np.testing.assert_array_equal(store.fetch(ids), shift(vectors))
@@ -249,7 +251,7 @@ def test_an_ivf_with_holes_goes_by_ascending_id(
     store = FaissStore(path)
     left = np.arange(5, COUNT)[np.argsort(ids[5:])]
     for change in (lambda v: v, shift):
-        store.replace(batches(store, change), accept)
+        replace(store, batches(store, change), accept)
         (batch,) = store.scan(1000)
         np.testing.assert_array_equal(batch.ids, ids[left])
         np.testing.assert_array_equal(batch.vectors, change(vectors[left]))
@@ -263,7 +265,7 @@ def test_an_array_direct_map_stays(make: Make, vectors: Vectors) -> None:
     write(index, path)
     store = FaissStore(path)
     assert store.info().details["direct_map"] == "array"
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     after = read(path)
     assert after.direct_map.type == faiss.DirectMap.Array
     np.testing.assert_array_equal(after.reconstruct(17), shift(vectors[17]))
@@ -274,7 +276,7 @@ def test_repeated_ids_in_an_ivf(make: Make, vectors: Vectors) -> None:
     store = FaissStore(make("ivf", ids))
     assert sum(len(batch) for batch in store.scan(7)) == COUNT
     with pytest.raises(DataError, match="more than once"):
-        store.replace(batches(store, shift), never)
+        replace(store, batches(store, shift), never)
 
 
 STRANGE = {
@@ -300,7 +302,7 @@ def test_strange_rows_survive_bit_for_bit(make: Make, kind: str, vectors: Vector
     before = rows_by_faiss(path)[1]
     some = np.arange(0, COUNT, 2)
     new = vectors[some] + np.float32(1)
-    store.replace([VectorBatch(ids=some, vectors=new)], accept)
+    replace(store, [VectorBatch(ids=some, vectors=new)], accept)
     after = rows_by_faiss(path)[1]
     untouched = np.ones(len(before), np.bool_)
     untouched[some] = False
@@ -315,12 +317,12 @@ def test_an_ivf_drops_rows_that_are_not_finite_and_numbers_on(make: Make, vector
     write(index, path)
     store = FaissStore(path)
     assert store.info().count == COUNT
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     assert read(path).ntotal == COUNT + 3
     before = sha(path)
     nan = VectorBatch(ids=np.arange(1), vectors=np.full((1, DIM), np.nan, np.float32))
     with pytest.raises(VerificationError, match="not finite"):
-        store.replace([nan], never)
+        replace(store, [nan], never)
     assert sha(path) == before
 
 
@@ -330,7 +332,7 @@ def test_an_ivf_drops_rows_that_are_not_finite_and_numbers_on(make: Make, vector
 def test_tiny_indexes(make: Make, kind: str, count: int, dim: int) -> None:
     rows = np.ones((count, dim), np.float32)
     store = FaissStore(make(kind, rows=rows))
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     assert store.info().count == count
     assert (store.fetch(np.arange(count)) == 6).all()
     assert store.search(np.ones((1, dim), np.float32), 3, {}).ids.shape == (1, 3)
@@ -347,7 +349,7 @@ def test_too_few_rows_keep_what_was_trained(make: Make, kind: str, vectors: Vect
     path = make()
     write(index, path)
     store = FaissStore(path)
-    store.replace(batches(store, lambda rows: rows * np.float32(0.5)), accept)
+    replace(store, batches(store, lambda rows: rows * np.float32(0.5)), accept)
     assert store.info().count == 2
     (batch,) = store.scan(10)
     np.testing.assert_allclose(batch.vectors, vectors[:2] / 2, atol=2e-2)
@@ -358,7 +360,7 @@ def test_sq8_rows_do_not_drift(make: Make) -> None:
     store = FaissStore(path)
     before = rows_by_faiss(path)[1]
     for _ in range(3):
-        store.replace([], accept)
+        replace(store, [], accept)
     np.testing.assert_allclose(rows_by_faiss(path)[1], before, atol=1e-5)
 
 
@@ -373,7 +375,7 @@ def test_parameters_hold_for_one_search_only(make: Make, vectors: Vectors) -> No
     assert (narrow != wide).any()
     np.testing.assert_array_equal(store.search(vectors, 10, {}).ids, narrow)
     store.search(vectors, 10, {"nprobe": 4})
-    store.replace([], accept)
+    replace(store, [], accept)
     assert (store.info().details["nprobe"], read(path).nprobe) == (1, 1)
 
 
@@ -468,7 +470,7 @@ def test_parameters_survive(
     assert {33, 2.5, 3} & set(before.values()) or KINDS[kind].params == {}
     store = FaissStore(path)
     capfd.readouterr()
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     assert parameters(read(path)) == before
     assert capfd.readouterr() == ("", "")
 
@@ -483,7 +485,7 @@ def test_centroids_follow_the_vectors(
     clusters = np.eye(DIM, dtype=np.float32)[np.arange(COUNT) % 4] * np.float32(10)
     new = clusters + vectors * np.float32(0.01)
     (batch,) = store.scan(1000)
-    store.replace([VectorBatch(ids=batch.ids, vectors=new)], accept)
+    replace(store, [VectorBatch(ids=batch.ids, vectors=new)], accept)
     index = read(path)
     inner = faiss.downcast_index(index.index) if hasattr(index, "id_map") else index
     ivf = faiss.downcast_index(inner.base_index) if hasattr(inner, "base_index") else inner
@@ -503,11 +505,11 @@ def test_codebooks_and_ranges_follow_the_vectors(make: Make) -> None:
     path = make("refine-pq")
     before = codebook(path)
     store = FaissStore(path)
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     assert abs(codebook(path).mean() - before.mean() - 5) < 0.2
 
     store = FaissStore(make("sq8"))
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     (batch,) = store.scan(1000)
     assert batch.vectors.max() > 5
 
@@ -519,7 +521,7 @@ def test_the_old_file_is_kept_as_the_same_inode(make: Make, tmp_path: Path) -> N
     path, keep = make(), tmp_path / "kept"
     before, inode = sha(path), path.stat().st_ino
     store = FaissStore(path)
-    store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+    replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert (keep.stat().st_ino, sha(keep)) == (inode, before)
     assert sha(path) != before
     assert folder_of(path) == ["kept", "rows.faiss"]
@@ -542,9 +544,9 @@ def test_the_old_file_is_copied_where_links_fail(
     path, keep = make(), tmp_path / "kept"
     before = sha(path)
     store = FaissStore(path)
-    store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+    replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert sha(keep) == before
-    store.write_copy([], accept, output=tmp_path / "copy")
+    write_copy(store, [], accept, output=tmp_path / "copy")
     assert folder_of(path) == ["copy", "kept", "rows.faiss"]
 
 
@@ -555,7 +557,7 @@ def test_a_name_left_by_a_killed_run_is_taken_over(make: Make, tmp_path: Path) -
     before = sha(path)
     store = FaissStore(path)
     store.sweep()
-    store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+    replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert sha(keep) == before
     assert folder_of(path) == ["kept", "rows.faiss"]
 
@@ -566,7 +568,7 @@ def test_another_file_is_not_overwritten_by_the_old_one(make: Make, tmp_path: Pa
     before = sha(path)
     store = FaissStore(path)
     with pytest.raises(StoreError, match="kept"):
-        store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+        replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert (keep.read_text(), sha(path)) == ("something else", before)
     assert folder_of(path) == ["kept", "rows.faiss"]
 
@@ -583,7 +585,7 @@ def test_links_and_modes_stay(make: Make, tmp_path: Path) -> None:
         modes.append(stat.S_IMODE(new.stat().st_mode))
 
     store = FaissStore(link)
-    store.replace(batches(store, shift), check)
+    replace(store, batches(store, shift), check)
     assert link.is_symlink()
     assert link.resolve() == path
     assert [stat.S_IMODE(path.stat().st_mode), *modes] == [0o640, 0o640]
@@ -603,9 +605,9 @@ def test_an_owner_that_cannot_be_kept_is_refused(
     monkeypatch.setattr(os, "chown", not_permitted)
     store = FaissStore(path)
     with pytest.raises(StoreError, match="1234"):
-        store.replace(batches(store, shift), never)
+        replace(store, batches(store, shift), never)
     monkeypatch.undo()
-    store.replace(batches(store, shift), accept)
+    replace(store, batches(store, shift), accept)
     assert path.stat().st_uid == 1234
     assert folder_of(path) == ["rows.faiss"]
 
@@ -621,7 +623,7 @@ def test_a_newer_file_wins(make: Make, tmp_path: Path, vectors: Vectors) -> None
     store = FaissStore(path)
     keep = tmp_path / "kept"
     with pytest.raises(StoreChangedError, match="somebody else"):
-        store.replace_keeping(batches(store, shift), meanwhile, keep=keep, expected=sha(path))
+        replace(store, batches(store, shift), meanwhile, keep=keep, expected=sha(path))
     assert sha(path) == sha(theirs)
     assert folder_of(path) == ["b", "rows.faiss"]
     with pytest.raises(StoreChangedError):
@@ -643,7 +645,7 @@ def test_a_change_that_hides_is_found_by_its_hash(make: Make) -> None:
 
     store = FaissStore(path)
     with pytest.raises(StoreChangedError):
-        store.replace_keeping(batches(store, shift), meanwhile, keep=None, expected=before)
+        replace(store, batches(store, shift), meanwhile, keep=None, expected=before)
     with pytest.raises(StoreChangedError):
         FaissStore(path).put_back(path, expected=before)
     assert folder_of(path) == ["rows.faiss"]
@@ -662,11 +664,11 @@ def test_a_failing_disk_loses_nothing(
 
     monkeypatch.setattr({"write_index": faiss, "write_like": FlatFile}.get(step, os), step, full)
     with pytest.raises(StoreError, match=r"No space left"):
-        store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+        replace(store, batches(store, shift), accept, keep=keep, expected=before)
     monkeypatch.undo()
     assert sha(path) == before
     assert folder_of(path) in (["rows.faiss"], ["kept", "rows.faiss"])
-    store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+    replace(store, batches(store, shift), accept, keep=keep, expected=before)
 
 
 def test_an_interrupt_after_the_swap_leaves_the_old_file(
@@ -674,16 +676,16 @@ def test_an_interrupt_after_the_swap_leaves_the_old_file(
 ) -> None:
     path, keep = make(), tmp_path / "kept"
     before = sha(path)
-    replace = os.replace
+    swap = os.replace
 
     def interrupted(source: Path, target: Path) -> None:
-        replace(source, target)
+        swap(source, target)
         raise KeyboardInterrupt
 
     store = FaissStore(path)
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+        replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert sha(keep) == before
     assert sha(path) != before
 
@@ -706,14 +708,14 @@ def test_a_kill_leaves_an_index_and_the_same_call_resumes(
     # A killed process tidies nothing up.
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
     with pytest.raises(Killed):
-        store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+        replace(store, batches(store, shift), accept, keep=keep, expected=before)
     monkeypatch.undo()
     assert sha(path) == before
     assert [name for name in folder_of(path) if name.startswith(".rows.faiss.simskip-new-")]
 
     store = FaissStore(path)
     store.sweep()
-    store.replace_keeping(batches(store, shift), accept, keep=keep, expected=before)
+    replace(store, batches(store, shift), accept, keep=keep, expected=before)
     assert sha(keep) == before
     assert folder_of(path) == ["kept", "rows.faiss"]
 
@@ -723,12 +725,12 @@ def test_read_only_stores_write_nothing_to_their_file(make: Make, tmp_path: Path
     before = sha(path)
     store = FaissStore(path, read_only=True)
     with pytest.raises(ConfigError, match="reading only"):
-        store.replace([], never)
+        replace(store, [], never)
     with pytest.raises(ConfigError, match="reading only"):
-        store.replace_keeping([], never, keep=None, expected=before)
+        replace(store, [], never, keep=None, expected=before)
     with pytest.raises(ConfigError, match="reading only"):
         store.put_back(path, expected=before)
-    store.write_copy(batches(store, shift), accept, output=tmp_path / "copy")
+    write_copy(store, batches(store, shift), accept, output=tmp_path / "copy")
     assert sha(path) == before
 
 
@@ -737,20 +739,20 @@ def test_a_copy_leaves_the_file_alone(make: Make, tmp_path: Path, vectors: Vecto
     path.chmod(0o604)
     before = sha(path)
     store = FaissStore(path)
-    store.write_copy(batches(store, shift), accept, output=output)
+    write_copy(store, batches(store, shift), accept, output=output)
     assert sha(path) == before
     assert stat.S_IMODE(output.stat().st_mode) == 0o604
     np.testing.assert_array_equal(FaissStore(output).fetch(np.arange(COUNT)), shift(vectors))
     np.testing.assert_array_equal(store.fetch(np.arange(COUNT)), vectors)
     with pytest.raises(StoreError, match="exists already"):
-        store.write_copy([], never, output=output)
+        write_copy(store, [], never, output=output)
 
 
 def test_a_copy_does_not_overwrite_a_file_made_meanwhile(make: Make, tmp_path: Path) -> None:
     output = tmp_path / "copy"
     store = FaissStore(make())
     with pytest.raises(StoreError, match="exists already"):
-        store.write_copy([], lambda candidate: output.touch(), output=output)
+        write_copy(store, [], lambda candidate: output.touch(), output=output)
     assert output.read_bytes() == b""
     assert folder_of(output) == ["copy", "rows.faiss"]
 

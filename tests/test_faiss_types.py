@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from builders import random_refiner
 from faiss_cells import CELLS, FULL, IP, SMALL, Cell, Expect, ids_of
+from faiss_files import replace
 from faiss_types import DOCS, make_refiner, make_rows, table
 from faiss_walk import id_order, learned, parameters, walk
 from machine import RESULTS
@@ -226,7 +227,7 @@ def test_lossy_codes_are_not_refined_without_originals(case: Case) -> None:
         case.refine(store)
     some = VectorBatch(ids=case.ids()[:1], vectors=case.rows[:1])
     with pytest.raises(UnsupportedIndexError, match="--originals"):
-        FaissStore(case.path).replace([some], lambda candidate: None)
+        replace(FaissStore(case.path), [some], lambda candidate: None)
     assert sha(case.path) == before
 
 
@@ -258,7 +259,7 @@ def test_a_reduction_is_learned_again_only_where_that_finds_more(
     store = open_store(str(path))
     assert isinstance(store, FaissStore)
     store.take_originals(rows)
-    store.replace([VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
+    replace(store, [VectorBatch(ids=ids, vectors=new)], lambda candidate: None)
     after = faiss.read_index(str(path))
     for name, was in learned(index).items():
         assert np.array_equal(was, learned(after)[name]) is not away
@@ -279,7 +280,9 @@ def test_centroids_of_a_rabitq(factory: str, rows: Vectors, tmp_path: Path) -> N
     store = open_store(str(path))
     assert isinstance(store, FaissStore)
     store.take_originals(rows)
-    store.replace([VectorBatch(ids=np.arange(len(rows)), vectors=rows * 2)], lambda candidate: None)
+    replace(
+        store, [VectorBatch(ids=np.arange(len(rows)), vectors=rows * 2)], lambda candidate: None
+    )
     new = faiss.read_index(str(path))
     norms = np.linalg.norm(new.quantizer.reconstruct_n(0, 4), axis=1)
     assert np.allclose(norms, 1) is ("HNSW" in factory)  # over a graph FAISS takes no others
@@ -301,7 +304,7 @@ def test_ranges_cover_rows_that_were_not_learned_from(
     if factory.startswith("L2norm"):
         new /= np.linalg.norm(new, axis=1, keepdims=True)
     new = np.ascontiguousarray(new)
-    store.replace([VectorBatch(ids=np.arange(SMALL.rows), vectors=new)], lambda candidate: None)
+    replace(store, [VectorBatch(ids=np.arange(SMALL.rows), vectors=new)], lambda candidate: None)
     (batch,) = store.scan(10_000)
     assert np.abs(batch.vectors - new).max() < np.abs(new).max() * 0.02
 

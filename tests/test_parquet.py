@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import random_refiner
+from faiss_files import replace
 from parquet_files import raw_rows, write_rows
 
 import simskip_vdb as ss
@@ -187,7 +188,7 @@ def test_columns_that_could_not_be_written_back_are_refused(
     pq.write_table(times(near), path, use_deprecated_int96_timestamps=True)
     store = open_store(f"parquet:{path}")
     assert isinstance(store, ParquetFile)
-    store.replace_keeping(store.scan(100), lambda _: None, keep=None, expected=store.sha256())
+    replace(store, store.scan(100), lambda _: None, keep=None, expected=store.sha256())
     assert pq.ParquetFile(path).read()["at"].to_pylist() == [near] * N
     pq.write_table(times(far), path, use_deprecated_int96_timestamps=True, row_group_size=70)
     with pytest.raises(UnsupportedIndexError, match="holds times of 96 bits"):

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from faiss_files import KINDS, make_index, read, write
+from faiss_files import KINDS, make_index, read, replace, write
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -72,7 +72,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
             VectorBatch(ids=chosen[i : i + size], vectors=vectors[i : i + size])
             for i in range(0, len(chosen), size)
         ]
-        self.store.replace(batches, lambda candidate: None)
+        replace(self.store, batches, lambda candidate: None)
         for batch in batches:
             self.memory.update(batch, lambda now: np.ones(len(now), np.bool_))
 
@@ -83,7 +83,7 @@ class FileAgainstMemory(RuleBasedStateMachine):
 
         batch = VectorBatch(ids=self.ids, vectors=self.vectors(len(self.ids), seed))
         try:
-            self.store.replace([batch], refuse)
+            replace(self.store, [batch], refuse)
         except LookupError:
             return
         raise AssertionError("the check's error was lost")
