@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, cast
 from simskip_vdb.connectors.originals import ArrayRows, read_ids, read_vectors
 from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.errors import ConfigError, MissingDependencyError
-from simskip_vdb.store import TakesOriginals, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 ENTRY_POINT_GROUP = "simskip_vdb.connectors"
 """Name = scheme; value = a class with ``open(uri, *, read_only)``, and where rows have payload
@@ -104,16 +104,17 @@ def known_schemes() -> tuple[str, ...]:
 
 def _give_originals(store: VectorStore, originals: str, ids: Path | None) -> None:
     uri = store.info().uri
-    if not isinstance(store, TakesOriginals):
+    told = abilities(store).originals
+    if told is None:
         raise ConfigError(f"{uri} holds its vectors itself; leave --originals out")
     if not originals.endswith(".npy"):
         if ids is not None:
             raise ConfigError(f"--originals-ids belongs to a .npy file, and {originals} has ids")
-        store.take_originals(open_store(originals, read_only=True))
+        told.take_originals(open_store(originals, read_only=True))
         return
     vectors = read_vectors(Path(originals))
     rows = None if ids is None else RowOrder(read_ids(ids), str(ids))
-    store.take_originals(vectors if rows is None else ArrayRows(rows, vectors, originals))
+    told.take_originals(vectors if rows is None else ArrayRows(rows, vectors, originals))
 
 
 def _names_parts(uri: str) -> bool:

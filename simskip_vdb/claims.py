@@ -23,7 +23,7 @@ from simskip_vdb.errors import (
     StoreError,
     TransientStoreError,
 )
-from simskip_vdb.store import Claimable, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class StoreClaim:
     """
 
     def __init__(self, store: VectorStore, state: str) -> None:
-        self._store = store if isinstance(store, Claimable) else None
+        self._store = abilities(store).claims
         self._uri, self._state = store.info().uri, state
         self._token = ""
 

@@ -31,7 +31,7 @@ from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Rows, fingerprint_of, together
 from simskip_vdb.sending import Sending, Sent, Snapshot
-from simskip_vdb.store import Partition, Partitioned, VectorStore
+from simskip_vdb.store import Partition, Partitioned, VectorStore, abilities
 from simskip_vdb.targets import InPlace
 
 LOCAL, RAY = "local", "ray"
@@ -245,12 +245,13 @@ def check_executor(executor: str, store: VectorStore, mode: str) -> None:
         return
     if executor != RAY:
         raise ConfigError(f"there is no executor '{executor}'; there are {LOCAL} and {RAY}")
-    if not isinstance(store, Partitioned):
+    parted = abilities(store).partitions
+    if parted is None:
         raise ConfigError(
             f"{store.info().uri} is one piece, and --executor ray shares partitions out: several "
             "FAISS files ('FOLDER/part*.faiss'), a folder of Parquet files, or a Qdrant server"
         )
-    store.partitions()
+    parted.partitions()
     if mode != IN_PLACE:
         raise ConfigError(f"--executor ray writes in place, not by --mode {mode}")
     if importlib.util.find_spec("ray") is None:
@@ -267,11 +268,12 @@ def ray_crew(store: VectorStore, journal: Journal) -> Iterator[Crew]:
     """
     from simskip_vdb.ray_pool import RayPool
 
-    assert isinstance(store, Partitioned)
+    parted = abilities(store).partitions
+    assert parted is not None
     journal.begin()
     arguments = (journal.folder.resolve(), store.info())
-    with RayPool(Worker, arguments, most=len(store.partitions())) as pool:
-        yield Crew(store, journal, pool)
+    with RayPool(Worker, arguments, most=len(parted.partitions())) as pool:
+        yield Crew(parted, journal, pool)
 
 
 def _record(sent: Sent, late: Mask) -> dict[str, Any]:

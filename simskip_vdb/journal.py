@@ -81,7 +81,7 @@ from simskip_vdb.rows import (
     ids_to_arrow,
     row_digests,
 )
-from simskip_vdb.store import Marked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 __all__ = [
     "IN_PLACE",
@@ -215,7 +215,8 @@ class Journal:
         Raises:
             JournalError: The state that its marker names is not this one.
         """
-        note = store.marker() if isinstance(store, Marked) else None
+        marked = abilities(store).marker
+        note = None if marked is None else marked.marker()
         if note is None:
             return
         known = has_file(self.folder / "manifest.json")
@@ -377,7 +378,7 @@ class Journal:
             current = self.manifest.current
             before = self._past_of(current) if current is not None else ()
             undone = None
-            if not write.refiner and write.mode != NEW_VECTOR:
+            if not write.refiner and not write.beside:
                 undone = write.originals or self.manifest.held
             self._update(
                 pending=None,
@@ -397,7 +398,7 @@ class Journal:
         """Return a write as one that may come back, where it can and is not known as such."""
         past = Past(refiner=write.refiner, time=write.time, written=write.written)
         known = {(item.refiner, item.written) for item in self.manifest.past}
-        if not write.refiner or write.mode == NEW_VECTOR or (past.refiner, past.written) in known:
+        if not write.refiner or write.beside or (past.refiner, past.written) in known:
             return ()
         return (past,)
 

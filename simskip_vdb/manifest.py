@@ -76,6 +76,11 @@ class Write:
     summary: Mapping[str, Any] = field(default_factory=dict)
     partitions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def beside(self) -> bool:
+        """Whether refined vectors stand beside the rows' own, which are never ours."""
+        return self.mode == NEW_VECTOR
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:

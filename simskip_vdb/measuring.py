@@ -43,7 +43,7 @@ from simskip_vdb.gate import (
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import row_digests
-from simskip_vdb.store import RowWritable, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.workspace import Blocks, Workspace
 
 CROSS_FITTED = "cross-fitted"
@@ -381,7 +381,7 @@ class ThroughIndex:
         if refiner is None:
             return space.current_blocks(), space.current_rows
         late = space.late(refiner)
-        live = isinstance(store, RowWritable)
+        live = abilities(store).rows is not None
         if as_is or live or not (space.info.exact or space.info.lossy):
             # Originals were read from codes, so codes are what is compared before and after; and
             # of a live store's rows, the application may have written some meanwhile.

@@ -27,7 +27,7 @@ from simskip_vdb.reindex import (
 from simskip_vdb.report import Report, undo_command
 from simskip_vdb.reporting import build_report, changes, forecast, written_part
 from simskip_vdb.runs import Runs, record
-from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import check_same_mode
 from simskip_vdb.workspace import (
     Settings,
@@ -151,7 +151,7 @@ def refine(
     settings = settings or Settings()
     _check_output(store, settings, settings.fit.side if settings.refiner is None else None)
     with open_workspace(store, judgments, settings, progress) as space:
-        if not isinstance(store, FileBacked):
+        if abilities(store).file is None:
             check_same_mode(space.journal, settings.mode)
         hopeless = _hopeless(space)
         if hopeless is not None:
@@ -350,7 +350,7 @@ def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> 
     if side is Side.BOTH and in_place and not settings.dry_run:
         where = (
             "name a new file with --output FILE"
-            if isinstance(store, FileBacked)
+            if abilities(store).file is not None
             else "write a new vector or collection with --mode new-vector or new-collection"
         )
         raise ConfigError(
@@ -368,7 +368,7 @@ def _check_output(store: VectorStore, settings: Settings, side: Side | None) -> 
         raise ConfigError(
             "side docs is written in place and undone by rollback; --output belongs to --side both"
         )
-    if settings.output is not None and not isinstance(store, FileBacked):
+    if settings.output is not None and abilities(store).file is None:
         raise ConfigError(f"{store.info().uri} is no file; --output belongs to files")
     if settings.output is not None and os.path.lexists(settings.output):
         raise ConfigError(f"{settings.output} exists; name a new file, or remove it first")

@@ -14,7 +14,7 @@ from simskip_vdb.journal import Journal
 from simskip_vdb.register import SCAN_ROWS as SCAN_ROWS
 from simskip_vdb.register import Ours, Register
 from simskip_vdb.rows import Digests, Originals, row_digests
-from simskip_vdb.store import TakesOriginals, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 
 class Resemblance:
@@ -85,11 +85,12 @@ class TrueRows:
             )
 
     def _exact(self, ids: Ids, read: Vectors) -> Vectors:
-        if not isinstance(self._store, TakesOriginals):
+        told = abilities(self._store).originals
+        if told is None:
             raise UnsupportedIndexError(
                 f"{self._store.info().uri} holds lossy codes, and takes no originals"
             )
-        exact = self._store.originals(ids)
+        exact = told.originals(ids)
         self._resemblance.add(read, exact)
         return exact
 

@@ -13,7 +13,7 @@ from simskip_vdb.provenance import SCAN_ROWS, RowsInPlace, TrueRows
 from simskip_vdb.register import Ours
 from simskip_vdb.rows import row_digests
 from simskip_vdb.sending import Snapshot
-from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 
 def read_rows(
@@ -36,7 +36,8 @@ def read_rows(
         keep: Whether originals are saved; else they are read again whenever they are needed.
     """
     total = store.info().count
-    sha256 = store.sha256() if isinstance(store, FileBacked) else ""
+    file = abilities(store).file
+    sha256 = "" if file is None else file.sha256()
     true = TrueRows(store, ours)
     digests = [np.empty(0, np.uint64)]
     columns: dict[str, list[Any]] = {name: [] for name in fields}

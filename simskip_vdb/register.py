@@ -21,7 +21,7 @@ from simskip_vdb.datatypes import (
     id_names,
 )
 from simskip_vdb.errors import DataError, JournalError
-from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal, Past, Write
+from simskip_vdb.journal import FileRef, Journal, Past, Write
 from simskip_vdb.refiner import LateRule, Refiner
 from simskip_vdb.rows import Digests, Rows, ids_from_arrow, row_digests
 from simskip_vdb.store import VectorStore
@@ -63,7 +63,7 @@ class Register:
         self._writes = [
             WrittenRows(journal, write, store)
             for write in writes
-            if write is not None and write.refiner and write.mode != NEW_VECTOR
+            if write is not None and write.refiner and not write.beside
         ]
         self._past = _PastRows(journal, store) if past and journal.past else None
 

@@ -18,16 +18,7 @@ from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import our_rows
 from simskip_vdb.sending import Snapshot
-from simskip_vdb.store import (
-    AddsVectors,
-    Check,
-    Copied,
-    FileBacked,
-    LeavesFiles,
-    RowStore,
-    RowWritable,
-    VectorStore,
-)
+from simskip_vdb.store import Check, RowStore, VectorStore, abilities
 
 __all__ = [
     "RolledBack",
@@ -55,10 +46,11 @@ def recover(store: VectorStore, journal: Journal) -> None:
         store: The index.
         journal: Its state, locked.
     """
-    if isinstance(store, LeavesFiles):
-        store.sweep()
-    if isinstance(store, FileBacked):
-        whole_file.recover(store, journal)
+    can = abilities(store)
+    if can.leftovers is not None:
+        can.leftovers.sweep()
+    if can.file is not None:
+        whole_file.recover(can.file, journal)
     else:
         row_by_row.recover(journal)
 
@@ -170,9 +162,10 @@ def _candidate(
     send: row_by_row.Send | None,
 ) -> whole_file.NewFile | whole_file.SameFile | row_by_row.NewRows:
     """Return what refined vectors are written to: a file beside, or rows and their journal."""
-    if isinstance(store, FileBacked):
+    file = abilities(store).file
+    if file is not None:
         return whole_file.candidate_of(
-            store,
+            file,
             found,
             refine,
             journal=journal,
@@ -199,15 +192,12 @@ def check_mode(store: VectorStore, mode: str) -> None:
     Raises:
         ConfigError: It cannot.
     """
-    able = {
-        IN_PLACE: isinstance(store, FileBacked | RowWritable),
-        NEW_VECTOR: isinstance(store, AddsVectors),
-        NEW_COLLECTION: isinstance(store, Copied),
-    }
-    if not able[mode]:
+    can = abilities(store)
+    able = {IN_PLACE: can.file or can.rows, NEW_VECTOR: can.vectors, NEW_COLLECTION: can.copies}
+    if able[mode] is None:
         raise ConfigError(f"{store.info().uri} cannot be written by --mode {mode}")
-    if mode == NEW_COLLECTION and isinstance(store, Copied):
-        store.check_alias()
+    if mode == NEW_COLLECTION and can.copies is not None:
+        can.copies.check_alias()
 
 
 def write_copy(
@@ -226,10 +216,11 @@ def write_copy(
         StoreError: `output` exists, or writing failed.
         VerificationError: The copy does not hold what was written; it is removed.
     """
-    if not isinstance(store, FileBacked):
+    file = abilities(store).file
+    if file is None:
         raise ConfigError(f"{store.info().uri} is no file; --output belongs to files")
     return whole_file.write_copy(
-        store, found.rows, refine, output=output, accept=accept, progress=progress
+        file, found.rows, refine, output=output, accept=accept, progress=progress
     )
 
 
@@ -255,8 +246,9 @@ def rollback(store: VectorStore, journal: Journal, progress: Progress = silent) 
         )
     if manifest.current is None and manifest.pending is None and not journal.past:
         raise nothing_to_undo(store)
-    if isinstance(store, FileBacked):
-        return whole_file.rollback(store, journal, progress)
+    file = abilities(store).file
+    if file is not None:
+        return whole_file.rollback(file, journal, progress)
     with journal.holding(store):
         return row_by_row.rollback(_by_rows(store), journal, progress)
 
@@ -276,10 +268,12 @@ def abandon(
 
 def fingerprint(store: VectorStore) -> str:
     """Identify what a store holds now: the SHA-256 of its file, or a digest of its rows."""
-    return store.sha256() if isinstance(store, FileBacked) else targets.fingerprint(store)
+    file = abilities(store).file
+    return targets.fingerprint(store) if file is None else file.sha256()
 
 
 def _by_rows(store: VectorStore) -> RowStore:
-    if not isinstance(store, RowWritable):
+    rows = abilities(store).rows
+    if rows is None:
         raise StoreError(f"{store.info().uri} can only be read")
-    return store
+    return rows

@@ -12,14 +12,14 @@ import numpy as np
 from simskip_vdb.datatypes import Side, id_names
 from simskip_vdb.durable import free_bytes
 from simskip_vdb.gate import Decision
-from simskip_vdb.journal import NEW_VECTOR, Journal
+from simskip_vdb.journal import Journal
 from simskip_vdb.measuring import CROSS_FITTED, Measured
 from simskip_vdb.provenance import Lookup, near
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written
 from simskip_vdb.report import Report
 from simskip_vdb.state_place import state_folder
-from simskip_vdb.store import RowWritable
+from simskip_vdb.store import abilities
 from simskip_vdb.workspace import Workspace
 
 SAMPLED = 512  # rows that a forecast tries
@@ -143,10 +143,11 @@ def forecast(space: Workspace, refiner: Refiner) -> dict[str, Any]:
     before = space.rows.take(places)
     after = refiner.refine_rows(before, space.rows.ids[places])
     seconds, engine = apply + 3 * space.seconds["read"], 0
-    if isinstance(space.store, RowWritable):
+    live = abilities(space.store).rows
+    if live is not None:
         some = space.rows.ids[:SAMPLED]
         start = time.perf_counter()
-        space.store.peek(some)
+        live.peek(some)
         each = (time.perf_counter() - start) / max(1, len(some))
         seconds = apply + space.seconds["read"] + 3 * each * len(space.rows)
         engine = len(space.rows) * space.info.dim * 4
@@ -178,7 +179,7 @@ def changes(space: Workspace, journal: Journal | None = None) -> dict[str, int]:
     then = journal.open_originals(current)
     places = Lookup(then.ids).find(space.rows.ids)
     known, same = places >= 0, space.found.ours
-    if current.mode == NEW_VECTOR:  # the rows' own vectors are never ours
+    if current.beside:  # the rows' own vectors are never ours
         same = known.copy()
         for start, block in space.rows.blocks():
             part = np.flatnonzero(known[start : start + len(block)])

@@ -25,7 +25,7 @@ from simskip_vdb.datatypes import (
     silent,
 )
 from simskip_vdb.errors import StoppedError, TransientStoreError
-from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, Write
+from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, Journal, Write
 from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo, refuse_nothing
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.refiner import Refiner
@@ -275,7 +275,7 @@ def _before(store: RowStore, journal: Journal, write: Write, kept: Rows) -> Iter
 def _keep_unseen(store: VectorStore, journal: Journal, seen: Ids | None = None) -> None:
     """Keep originals of rows of ours that a filter hides by now: they may still be refined."""
     write = journal.manifest.current
-    if write is None or write.mode == NEW_VECTOR or not store.info().partial:
+    if write is None or write.beside or not store.info().partial:
         return
     if seen is None:
         parts = [batch.ids for batch in store.scan(SCAN_ROWS)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
-from simskip_vdb.journal import NEW_VECTOR, FileRef, Journal
+from simskip_vdb.journal import FileRef, Journal
 from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.rows import Digests, Originals, fingerprint_of, row_digests
@@ -122,7 +122,7 @@ class Sending:
         due = np.isfinite(refined).all(axis=1)
         self._digests[part] = row_digests(refined)
         self._originals[part] = row_digests(block)
-        if self._target.mode != NEW_VECTOR:
+        if not self._target.beside:
             due &= ~self._settled[part] & (self._digests[part] != found.digests[part])
         elif self._target.filled:
             due &= ~self._beside(found.rows.ids[part], refined)

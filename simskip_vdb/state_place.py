@@ -9,7 +9,7 @@ from typing import Any
 
 from simskip_vdb.durable import disk_errors, has_file, json_of, write_durably
 from simskip_vdb.errors import ConfigError, JournalError
-from simskip_vdb.store import Marked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 
 POINTER = "state-is-elsewhere"
 
@@ -78,8 +78,9 @@ def marker_of(store: VectorStore) -> Mapping[str, Any] | None:
         StoreError: This user may not look.
         JournalError: The state is damaged, or gone from where it was put.
     """
-    if isinstance(store, Marked):
-        return store.marker()
+    marked = abilities(store).marker
+    if marked is not None:
+        return marked.marker()
     if store.info().state is None:
         return None
     manifest = state_folder(store, None) / "manifest.json"

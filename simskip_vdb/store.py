@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from simskip_vdb.datatypes import (
     Cursor,
@@ -30,7 +30,7 @@ Check = Callable[["VectorStore"], None]
 class VectorStore(Protocol):
     """Rows with vectors that can be read and searched.
 
-    How it is written, it says by being `FileBacked` or `RowWritable` as well.
+    What else it can do, it declares by being more of the protocols here; `abilities` tells.
 
     A connector raises only errors of `simskip_vdb.errors`, whose messages name the store.
     """
@@ -246,8 +246,8 @@ class AddsVectors(Protocol):
         """Name of the vector that this store is about; empty for the unnamed one."""
         ...
 
-    def vector_beside(self, name: str, *, create: bool) -> VectorStore:
-        """Return the same rows with the vectors of that name; it is `RowWritable`.
+    def vector_beside(self, name: str, *, create: bool) -> RowStore:
+        """Return the same rows with the vectors of that name.
 
         Its scan yields the rows that have such a vector; its `update` gives one to rows that have
         none (then `allowed` sees NaN in its place).
@@ -283,10 +283,10 @@ class Copied(Protocol):
         """
         ...
 
-    def copy(self, name: str, progress: Progress) -> VectorStore:
+    def copy(self, name: str, progress: Progress) -> RowStore:
         """Copy settings, payload indexes and every row to a collection; return it.
 
-        It is `RowWritable`. Where it exists already, it is brought up to date: rows that it lacks
+        Where it exists already, it is brought up to date: rows that it lacks
         are copied, rows whose payload or other vectors differ are copied again, rows that are gone
         are removed; the other rows are left.
 
@@ -303,7 +303,7 @@ class Copied(Protocol):
         """
         ...
 
-    def other(self, name: str) -> VectorStore:
+    def other(self, name: str) -> CopiedStore:
         """Return the same vector of another collection, opened the same way."""
         ...
 
@@ -395,3 +395,52 @@ class Candidate:
 
     store: FileStore
     commit: Callable[[], None]
+
+
+class CopiedStore(VectorStore, Copied, Protocol):
+    """A store that can be copied beside itself."""
+
+
+class Abilities(NamedTuple):
+    """What a store can do beside being read: itself, or None where it cannot.
+
+    Attributes:
+        file: It is one file, swapped as a whole.
+        rows: Its rows are written one by one, while an application may write them, too.
+        vectors: Its rows can hold another vector.
+        copies: It can be copied beside itself.
+        partitions: Processes may each write a part of it.
+        originals: It may hold lossy codes, and be told the vectors behind them.
+        marker: It carries a note of who refined it.
+        claims: It says itself who is writing it.
+        leftovers: It may find files that a killed run left.
+    """
+
+    file: FileStore | None
+    rows: RowStore | None
+    vectors: AddsVectors | None
+    copies: CopiedStore | None
+    partitions: Partitioned | None
+    originals: TakesOriginals | None
+    marker: Marked | None
+    claims: Claimable | None
+    leftovers: LeavesFiles | None
+
+
+_PROTOCOLS: tuple[type, ...] = (
+    FileBacked,
+    RowWritable,
+    AddsVectors,
+    Copied,
+    Partitioned,
+    TakesOriginals,
+    Marked,
+    Claimable,
+    LeavesFiles,
+)
+
+
+def abilities(store: VectorStore) -> Abilities:
+    """Return what a store declares that it can do."""
+    held: list[Any] = [store if isinstance(store, kind) else None for kind in _PROTOCOLS]
+    return Abilities(*held)

@@ -18,15 +18,7 @@ from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR, Journal, W
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
 from simskip_vdb.register import Ours, Register, WrittenRows
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
-from simskip_vdb.store import (
-    BESIDE,
-    AddsVectors,
-    Copied,
-    Marked,
-    RowStore,
-    RowWritable,
-    VectorStore,
-)
+from simskip_vdb.store import BESIDE, CopiedStore, RowStore, VectorStore, abilities
 
 Refined = Callable[[Ids], Vectors]
 """Refines the originals of these rows, shape (len(ids), d)."""
@@ -56,6 +48,11 @@ class InPlace:
     def __init__(self, store: RowStore, journal: Journal) -> None:
         self.store, self._journal = store, journal
         self.name = self.origin = ""
+
+    @property
+    def beside(self) -> bool:
+        """Whether refined vectors stand beside the rows' own."""
+        return self.mode == NEW_VECTOR
 
     @property
     def filled(self) -> bool:
@@ -95,17 +92,15 @@ class NewVector(InPlace):
     mode = NEW_VECTOR
 
     def __init__(self, store: RowStore, journal: Journal) -> None:
-        if not isinstance(store, AddsVectors):
+        vectors = abilities(store).vectors
+        if vectors is None:
             raise ConfigError(f"{store.info().uri}: rows cannot hold another vector")
         super().__init__(store, journal)
-        self._vectors: AddsVectors = store
-        self.name = store.vector_name + BESIDE
+        self._vectors, self.name = vectors, vectors.vector_name + BESIDE
 
     def open(self, progress: Progress) -> RowStore:
         """Return the vectors beside the rows' own; see `InPlace.open`."""
-        target = self._vectors.vector_beside(self.name, create=True)
-        assert isinstance(target, RowWritable)
-        return target
+        return self._vectors.vector_beside(self.name, create=True)
 
     def unchanged(self, now: VectorBatch, read: AsRead) -> Mask:
         """Tell which rows' own vectors are as read; see `InPlace.unchanged`."""
@@ -148,18 +143,19 @@ class NewCollection(InPlace):
     mode = NEW_COLLECTION
 
     def __init__(self, store: RowStore, journal: Journal, refiner: str) -> None:
-        if not isinstance(store, Copied):
+        copies = abilities(store).copies
+        if copies is None:
             raise ConfigError(f"{store.info().uri}: it cannot be copied beside itself")
         super().__init__(store, journal)
-        self._copies: Copied = store
+        self._copies = copies
         pending, current = journal.manifest.pending, journal.manifest.current
         if pending is not None and pending.target and pending.refiner == refiner:
             self.origin, self.name = pending.origin, pending.target
             return
-        ours = current is not None and current.target == store.collection
-        self.origin = current.origin if current is not None and ours else store.collection
+        ours = current is not None and current.target == copies.collection
+        self.origin = current.origin if current is not None and ours else copies.collection
         self.name = f"{self.origin}{BESIDE}-{refiner}"
-        if self.name == store.collection:
+        if self.name == copies.collection:
             self.name += f"-{len(journal.manifest.history) + 1}"
 
     def open(self, progress: Progress) -> RowStore:
@@ -167,9 +163,7 @@ class NewCollection(InPlace):
         if self._switched:
             return self.store
         self._copies.check_alias()
-        target = self._copies.copy(self.name, progress)
-        assert isinstance(target, RowWritable)
-        return target
+        return self._copies.copy(self.name, progress)
 
     def finish(self, read: AsRead, refined: Refined, progress: Progress) -> None:
         """Bring over what the application wrote meanwhile, compare, and switch the alias."""
@@ -195,7 +189,6 @@ class NewCollection(InPlace):
         if self._copies.collection == write.target:
             origin = self._untouched(write, progress)
             if origin is not None:
-                assert isinstance(origin, Copied)
                 self._copies.switch(write.origin)
                 self._drop(write, progress)
                 return Restored(origin, 0 if write.written is None else write.written.rows, 0)
@@ -220,13 +213,12 @@ class NewCollection(InPlace):
             target.update(again, read.same)
         return target
 
-    def _untouched(self, write: Write, progress: Progress) -> VectorStore | None:
+    def _untouched(self, write: Write, progress: Progress) -> CopiedStore | None:
         """Return the collection from before, where it holds all that the copy holds."""
         if not holds(self.store, self._journal, write):
             return None
         try:
             origin = self._copies.other(write.origin)
-            assert isinstance(origin, Copied)
             origin.compare(write.target, progress)
         except (StoreNotFoundError, VerificationError):
             return None
@@ -243,7 +235,6 @@ class NewCollection(InPlace):
                 f"'{write.target}' has and '{write.origin}' has not, then run the same command "
                 "again"
             )
-        assert isinstance(origin, Copied)
         origin.drop_copy(write.target)
 
 
@@ -285,10 +276,10 @@ def make_target(
 
 def holding(store: VectorStore, write: Write | None) -> VectorStore:
     """Return the store that holds what was written: this one, or the vectors beside."""
-    if write is None or write.mode != NEW_VECTOR:
+    vectors = abilities(store).vectors
+    if write is None or not write.beside or vectors is None:
         return store
-    assert isinstance(store, AddsVectors)
-    return store.vector_beside(write.target, create=False)
+    return vectors.vector_beside(write.target, create=False)
 
 
 def holds(store: VectorStore, journal: Journal, write: Write) -> bool:
@@ -302,7 +293,7 @@ def holds(store: VectorStore, journal: Journal, write: Write) -> bool:
         count += len(batch)
     if write.written is None or count != write.written.rows:
         return False
-    return write.mode != NEW_VECTOR or look_over(store, journal.open_originals(write)).exact
+    return not write.beside or look_over(store, journal.open_originals(write)).exact
 
 
 class After(NamedTuple):
@@ -422,8 +413,9 @@ def _still_ours(info: StoreInfo, left: int) -> StoreError:
 
 def mark(store: VectorStore, note: dict[str, object] | None) -> None:
     """Leave word in a store, where it can carry any, of whose vectors it holds."""
-    if isinstance(store, Marked):
-        store.mark(note)
+    marked = abilities(store).marker
+    if marked is not None:
+        marked.mark(note)
 
 
 class _Unchanged:

@@ -21,7 +21,7 @@ from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
 from simskip_vdb.runs import Runs, record
 from simskip_vdb.state_place import forget_elsewhere, state_folder
-from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import holds
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def rollback(
         "exact": done.exact,
         "restored": done.restored,
         "kept": done.kept,
-        "sha256" if isinstance(store, FileBacked) else "digest": done.fingerprint,
+        "digest" if abilities(store).file is None else "sha256": done.fingerprint,
     }
 
 
@@ -227,6 +227,6 @@ def leave_page(store: VectorStore, state: Path | None = None) -> None:
 
 def is_as_written(store: VectorStore, journal: Journal, current: Write) -> bool:
     """Tell, by reading it once, whether an index is as a write left it."""
-    if isinstance(store, FileBacked):
+    if abilities(store).file is not None:
         return fingerprint(store) == current.fingerprint
     return holds(store, journal, current)

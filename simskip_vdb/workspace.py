@@ -50,7 +50,7 @@ from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
 from simskip_vdb.search import ExactSearch, Search
 from simskip_vdb.state_place import state_folder
-from simskip_vdb.store import RowWritable, VectorStore
+from simskip_vdb.store import RowWritable, VectorStore, abilities
 from simskip_vdb.targets import holding
 from simskip_vdb.threads import blas_on_one_thread
 
@@ -232,10 +232,11 @@ class Workspace:
     def blocks_of(self, store: VectorStore) -> Blocks:
         """Yield all rows as a store holds them; NaN for rows that were removed since."""
         start = 0
-        if isinstance(store, RowWritable):  # it may have other rows by now
+        live = abilities(store).rows
+        if live is not None:  # it may have other rows by now
             for start, block in self.rows.blocks():
                 ids = self.rows.ids[start : start + len(block)]
-                yield start, self._rows_now(store, ids)
+                yield start, self._rows_now(live, ids)
             return
         for batch in store.scan(8192):
             yield start, batch.vectors
@@ -327,7 +328,8 @@ class Workspace:
     def rows_of(self, store: VectorStore, positions: Positions) -> Vectors:
         """Return rows as a store holds them; NaN for rows that were removed since."""
         ids = self.rows.ids[positions]
-        return self._rows_now(store, ids) if isinstance(store, RowWritable) else store.fetch(ids)
+        live = abilities(store).rows
+        return store.fetch(ids) if live is None else self._rows_now(live, ids)
 
     def ann_recall(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 from simskip_vdb.datatypes import Progress, Split, Vectors
 from simskip_vdb.errors import JournalError
 from simskip_vdb.gate import Decision
-from simskip_vdb.journal import NEW_VECTOR, Journal, Write
+from simskip_vdb.journal import Journal, Write
 from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written, abandon, fingerprint, write, write_copy
@@ -20,7 +20,7 @@ from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, summarise, written_part
 from simskip_vdb.row_by_row import settled
 from simskip_vdb.state_place import point_elsewhere
-from simskip_vdb.store import FileBacked, VectorStore
+from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import holds
 from simskip_vdb.workspace import Workspace
 
@@ -49,9 +49,9 @@ def unchanged(space: Workspace) -> bool:
     current, found = space.current, space.found
     if current is None:
         return False
-    if isinstance(space.store, FileBacked):
+    if abilities(space.store).file is not None:
         return fingerprint(space.store) == current.fingerprint
-    if current.mode == NEW_VECTOR:
+    if current.beside:
         return holds(space.store, space.journal, current)
     written, exact = current.written, space.info.exact
     if written is None or len(found.rows) != written.rows or not found.ours.all():
@@ -124,7 +124,7 @@ def reindex(
                 )
         except RefusedError as refused:
             gate = replace(gate, passed=False, reasons=(*gate.reasons, *refused.decision.reasons))
-            if not isinstance(space.store, FileBacked):
+            if abilities(space.store).file is None:
                 written = replace(written, mode="restored")
     return replace(
         report,
@@ -163,8 +163,9 @@ def _mark_copy(
     summary: Mapping[str, Any],
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
-    assert isinstance(space.store, FileBacked)
-    info = space.store.info_at(output)
+    file = abilities(space.store).file
+    assert file is not None
+    info = file.info_at(output)
     assert info.state is not None
     with Journal(info.state, info) as journal:
         if journal.manifest.current is not None and journal.manifest.copy_of is None:
