@@ -193,8 +193,12 @@ def check_mode(store: VectorStore, mode: str) -> None:
         ConfigError: It cannot.
     """
     can = abilities(store)
-    able = {IN_PLACE: can.file or can.rows, NEW_VECTOR: can.vectors, NEW_COLLECTION: can.copies}
-    if able[mode] is None:
+    able = {
+        IN_PLACE: can.file is not None or can.rows is not None,
+        NEW_VECTOR: can.vectors is not None,
+        NEW_COLLECTION: can.copies is not None,
+    }
+    if not able[mode]:
         raise ConfigError(f"{store.info().uri} cannot be written by --mode {mode}")
     if mode == NEW_COLLECTION and can.copies is not None:
         can.copies.check_alias()
