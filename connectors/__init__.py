@@ -70,6 +70,11 @@ def open_store(
         StoreError: The store could not be opened.
     """
     scheme = scheme_of(uri)
+    if not re.sub(f"^{re.escape(scheme)}:", "", uri).partition("?")[0].strip():
+        raise ConfigError(
+            f"the address of the index is empty ({uri!r}); name the index, or . for the one in "
+            "this folder"
+        )
     if scheme == "faiss" and _names_parts(uri):
         connector = _built_in(_FAISS_PARTS)
     else:

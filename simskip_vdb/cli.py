@@ -46,7 +46,20 @@ PLAIN = str.maketrans(
 """What our own signs become where a stream is not Unicode; its readers may take it for anything."""
 
 
+class _Command(click.Command):
+    r"""A command whose docstring is raw, for the backslashes in its examples: ``\b`` is a mark."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 click's
+        super().__init__(*arguments, **named)
+        self.help = self.help and self.help.replace("\\b\n", "\b\n")
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
 @click.group(
+    cls=_Group,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=EXIT_CODES,
 )

@@ -19,6 +19,7 @@ from simskip_vdb.upkeep import status
 
 SCAN_ROWS = 8192
 SAMPLE = 20_000  # rows that hubness is measured on, taken evenly
+FEWEST = 2  # rows that a fit can compare
 PROBES = 1_000  # rows of the sample whose neighbours are counted
 NEIGHBOURS = 10
 
@@ -200,6 +201,9 @@ def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list
         return [f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"]
     if past["refined"] is not None:
         steps += [f"simskip status {quoted}", f"simskip rollback {quoted}"]
+    if tally.rows < FEWEST:
+        steps.append(f"add rows: {tally.rows} are too few to compare")
+        return steps
     if tally.duplicate_ids():
         steps.append("give every row an id of its own: ids that repeat cannot be refined")
         return steps

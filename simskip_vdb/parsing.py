@@ -130,26 +130,39 @@ def read_qrels(path: Path) -> Qrels:
     """Read judgments, plain or gzipped.
 
     TREC form has four columns between white space (query, iteration, document, grade), BEIR form
-    three between tabs (query, document, grade) under a header.
+    three between tabs (query, document, grade). A first line whose grade is no number is a header;
+    lines before it that begin with ``#`` are comments.
 
     Raises:
         ConfigError: There is no such file.
         DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
     """
     lines = _lines_of(path)
-    head = next(lines, "")
+    number, head = next(
+        ((n, line) for n, line in enumerate(lines) if not line.startswith("#")), (0, "")
+    )
     if not head:
         raise DataError(f"{path} is empty; judgments are TREC (4 columns) or BEIR TSV (3 columns)")
     columns = head.split("\t")
     beir = len(columns) == 3
-    skipped = int(beir and columns[2].strip().lower() == "score")
-    judged, number = _Judged(), skipped
-    if not skipped:
+    judged = _Judged()
+    if _is_header(columns if beir else head.split()):
+        number += 1
+    else:
         lines = chain([head], lines)
     while block := list(islice(lines, _BLOCK)):
         judged.add(*_columns(path, block, number, beir=beir))
         number += len(block)
     return judged.qrels(str(path))
+
+
+def _is_header(columns: Sequence[str]) -> bool:
+    """Tell whether a first line, of as many columns as judgments have, names them."""
+    try:
+        float(columns[-1])
+    except ValueError:
+        return len(columns) in (3, 4)
+    return False
 
 
 def _columns(
@@ -274,7 +287,7 @@ def _integers(
     path: Path, texts: Sequence[str], skipped: int, what: str, dtype: type[np.signedinteger[Any]]
 ) -> NDArray[Any]:
     try:
-        return np.array([int(text) for text in texts], dtype=dtype)
+        return np.array([_whole(text) for text in texts], dtype=dtype)
     except (ValueError, OverflowError):
         bad = next(i for i, text in enumerate(texts) if not _fits(text, dtype))
         malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
@@ -282,14 +295,25 @@ def _integers(
 
 def _index_ids(texts: Sequence[str]) -> Ids:
     """Return index ids as integers; as text where one is no integer as an index writes it."""
-    if all(_fits(text, np.int64) and str(int(text)) == text for text in texts):
+    if all(_fits(text, np.int64) and str(_whole(text)) == text for text in texts):
         return np.array([int(text) for text in texts], np.int64)
     return np.array([text.encode() for text in texts])
 
 
+def _whole(text: str) -> int:
+    """Return a whole number, which may be written as 1.0."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if number != number // 1:
+            raise
+        return int(number)
+
+
 def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:
     try:
-        np.array(int(text), dtype=dtype)
+        np.array(_whole(text), dtype=dtype)
     except (ValueError, OverflowError):
         return False
     return True

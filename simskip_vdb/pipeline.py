@@ -303,15 +303,18 @@ def _hopeless(space: Workspace) -> str | None:
     judged, settings = space.judged, space.settings
     if settings.accept_unmeasured or settings.refiner is not None or interrupted(space) is not None:
         return None
-    if judged.groups is not None or applies(space):
+    if applies(space):
         return None
     counts = {split: len(queries) for split, queries in judged.queries.items()}
-    if sum(counts.values()) and counts[Split.TEST] < MIN_QUERIES:
-        return (
-            f"only {counts[Split.TEST]} test queries: at least {MIN_QUERIES} are needed to prove a "
-            "gain, so nothing was fitted; add judged queries"
-        )
-    return None
+    if counts[Split.TEST] >= MIN_QUERIES or not sum(counts.values()):
+        return None
+    what, more = "test queries", "add judged queries"
+    if judged.groups is not None:
+        what, more = "rows of groups can act as test queries", "label more rows"
+    return (
+        f"only {counts[Split.TEST]} {what}: at least {MIN_QUERIES} are needed to prove a gain, so "
+        f"nothing was fitted; {more}"
+    )
 
 
 def _refused(space: Workspace, reason: str) -> Report:

@@ -46,7 +46,8 @@ def build_report(
     late = refiner.info.get("late_rows")
     bad = int((~space.usable).sum())
     notes = [
-        f"{note.count:,} {note.what} ({note.source}), such as {', '.join(note.examples)}"
+        f"{note.count:,} {note.what} ({note.source})"
+        + (f", such as {', '.join(note.examples)}" if note.examples else "")
         for note in space.judged.notes
     ]
     if measured is not None and measured.left_out:

@@ -23,9 +23,13 @@ from simskip_vdb.placing import (
     offsets,
     usable_vectors,
 )
+from simskip_vdb.provenance import near
 from simskip_vdb.splits import assign, hold_out, near_identical, row_name
 
 Mask = NDArray[np.bool_]
+
+SAME = 1e-3
+"""Relative L2 distance within which a query has the vector of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -92,6 +96,7 @@ def resolve(
         parts[split] = [_rows_as_queries(positions, rows, places, left)]
     if judgments.queries is not None:
         shared = judge(judgments.queries, places, notes)
+        _note_rows(shared, rows, places, notes)
         for split, judged in _share_out(shared, explicit, draw, notes).items():
             parts.setdefault(split, []).append(judged)
     queries = {split: concatenate(parts.get(split, []), rows.dim) for split in Split}
@@ -106,6 +111,17 @@ def resolve(
         shared=judgments.queries is not None and not explicit,
         notes=tuple(notes.all),
     )
+
+
+def _note_rows(judged: JudgedQueries, rows: RowSource, places: Places, notes: Notes) -> None:
+    """Note the queries that are rows themselves, by id and by vector."""
+    positions = np.array([places.documents.get(name, -1) for name in judged.ids], np.int64)
+    named = np.flatnonzero(positions >= 0)
+    same = near(rows.take(positions[named]), judged.vectors[named], SAME, directions=True)
+    own = np.zeros(len(judged), np.bool_)
+    own[named[same]] = True
+    what = "queries are rows of the index; each finds its own row, which counts as a result"
+    notes.add("--queries", what, judged.ids, own)
 
 
 class _Draw(NamedTuple):

@@ -362,3 +362,24 @@ def test_json_that_is_nested_without_end(at: Folder) -> None:
     deep = at.text("deep.jsonl", '{"id":"a","vector":' + "[" * 100_000 + "]" * 100_000 + "}\n")
     with pytest.raises(DataError, match=r"line 1: .*nested too deep"):
         at.read(queries=deep, query_ids=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "grades"),
+    [
+        ("query-id\tcorpus-id\tscore\nq0\td0\t1.0\nq1\td1\t0.0\n", [1, 0]),
+        ("query_id\tdoc_id\trelevance\nq0\td0\t3\n", [3]),
+        ("# exported by us\n# twice\nquery-id\tcorpus-id\tscore\nq0\td0\t1\n", [1]),
+        ("topic iteration document judgment\nq0 0 d0 2.0\n", [2]),
+    ],
+)
+def test_judgments_as_people_export_them(at: Folder, text: str, grades: list[int]) -> None:
+    qrels = queries(at.read(qrels=at.text("as.tsv", text))).qrels
+    assert qrels is not None
+    assert qrels.grades.tolist() == grades
+
+
+def test_the_line_that_is_named_counts_comments_and_headers(at: Folder) -> None:
+    text = "# exported by us\nquery_id\tdoc_id\trelevance\nq0\td0\t1\nq0\td1\t.5\n"
+    with pytest.raises(DataError, match=r"line 4: grade '\.5' is not an integer"):
+        at.read(qrels=at.text("as.tsv", text))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import change, ivf, random_refiner
+from builders import change, flat, ivf, random_refiner
 from judged import QUERIES, ROWS, Case, make_case
 from parquet_files import write_rows
 
@@ -349,6 +349,16 @@ def test_side_both_writes_a_copy_that_is_never_refined_again(tmp_path: Path) -> 
         ss.refine(better, ss.read_judgments(case.files))
     with pytest.raises(ConfigError, match="delete the copy"):
         ss.rollback(better)
+
+
+def test_groups_that_are_too_few_to_prove_anything_are_not_fitted(tmp_path: Path) -> None:
+    flat(tmp_path / "index", np.random.default_rng(0).normal(size=(12, 8)).astype(np.float32))
+    (tmp_path / "labels").write_text("a\nb\n" * 6)
+    given = ss.read_judgments(ss.JudgmentFiles(labels=tmp_path / "labels"))
+    report = ss.refine(open_store(str(tmp_path / "index")), given)
+    assert report.refiner is None
+    assert report.gate is not None
+    assert "label more rows" in report.gate.reasons[0]
 
 
 def test_groups_need_no_queries(tmp_path: Path) -> None:
