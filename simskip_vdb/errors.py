@@ -21,7 +21,7 @@ A refused gate is a result, not an error.
 
 from __future__ import annotations
 
-LONGEST = 4000
+LONGEST = 20_000
 """Characters of a message: what a library says of a damaged file may be as long as the file."""
 
 
