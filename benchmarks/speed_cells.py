@@ -271,7 +271,8 @@ def stages(cell: Cell) -> dict[str, Any]:
             for batch in batches:
                 assert store.update(batch, lambda now: np.ones(len(now), np.bool_)).all()
         elif not cell.is_large_graph:
-            store.replace(batches, lambda candidate: None)
+            with store.prepared(batches, keep=None, expected=store.sha256()) as candidate:
+                candidate.commit()
         spent["write"] = time.perf_counter() - begin
         begin = time.perf_counter()
         for batch in store.scan(BLOCK):
