@@ -157,20 +157,20 @@ def test_mistakes_are_named(tmp_path: Path, arguments: list[str], code: int, say
 
 def test_options_that_do_not_fit_are_refused_before_the_index_is_read(case: Case) -> None:
     done = simskip("refine", case.index, "--queries", case.files.queries)
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert "--qrels" in done.stderr
     done = simskip("refine", case.index, "--side", "both")
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert "--output" in done.stderr
     done = simskip("refine", case.index, *case.options, "--search-params", "nprobe")
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert "nprobe=16" in done.stderr
 
 
 def test_unknown_search_parameters_are_refused(case: Case) -> None:
     before = sha256_of(case.index)
     done = simskip("evaluate", case.index, *case.options, "--search-params", "efSearch=9")
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert "nprobe" in done.stderr
     assert sha256_of(case.index) == before
 
@@ -186,7 +186,7 @@ def test_unknown_search_parameters_are_refused(case: Case) -> None:
 )
 def test_numbers_out_of_range_are_refused(case: Case, option: tuple[str, str], says: str) -> None:
     done = simskip("refine", case.index, *case.options, *option)
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -197,7 +197,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
         pytest.skip("there is a CUDA device here")
     case = make_case(tmp_path / "case")
     done = simskip("fit", case.index, *case.options, "--device", "cuda")
-    assert (done.returncode, "is empty" in done.stderr) == (2, True)
+    assert done.returncode == 2
     assert "--device cuda" in done.stderr
     assert "Traceback" not in done.stderr
 
