@@ -9,10 +9,12 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple, Protocol, cast
+from urllib.parse import unquote
 
 from simskip_vdb.connectors.originals import ArrayRows, read_ids, read_vectors
 from simskip_vdb.connectors.rows import RowOrder
-from simskip_vdb.errors import ConfigError, MissingDependencyError
+from simskip_vdb.durable import LONGEST_NAME
+from simskip_vdb.errors import ConfigError, MissingDependencyError, StoreNotFoundError
 from simskip_vdb.store import VectorStore, abilities
 
 ENTRY_POINT_GROUP = "simskip_vdb.connectors"
@@ -70,11 +72,7 @@ def open_store(
         StoreError: The store could not be opened.
     """
     scheme = scheme_of(uri)
-    if not re.sub(f"^{re.escape(scheme)}:", "", uri).partition("?")[0].strip():
-        raise ConfigError(
-            f"the address of the index is empty ({uri!r}); name the index, or . for the one in "
-            "this folder"
-        )
+    _check_place(uri, scheme)
     if scheme == "faiss" and _names_parts(uri):
         connector = _built_in(_FAISS_PARTS)
     else:
@@ -91,6 +89,20 @@ def open_store(
     elif originals_ids is not None:
         raise ConfigError("--originals-ids belongs to --originals FILE.npy")
     return store
+
+
+def _check_place(uri: str, scheme: str) -> None:
+    place = unquote(re.sub(f"^{re.escape(scheme)}:", "", uri).partition("?")[0])
+    if not place.strip():
+        raise ConfigError(
+            f"the address of the index is empty ({uri!r}); name the index, or . for the one in "
+            "this folder"
+        )
+    if "\0" in place:
+        raise ConfigError(f"{place!r} is no address: it holds the byte 0")
+    longest = max(place.split("/"), key=lambda name: len(os.fsencode(name)))
+    if len(os.fsencode(longest)) > LONGEST_NAME:
+        raise StoreNotFoundError(f"{longest[:40]}…: no file has a name of so many characters")
 
 
 def scheme_of(uri: str, base: Path | None = None) -> str:

@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from simskip_vdb.connectors.faiss_flat import FlatFile
 from simskip_vdb.connectors.faiss_tree import IVF, REFINES, Index, core, down
 from simskip_vdb.connectors.swap import Identity, take_mode_and_owner
-from simskip_vdb.durable import beside, disk_errors, json_of, make_durable, sha256_of, write_durably
+from simskip_vdb.durable import (
+    beside,
+    disk_errors,
+    has_file,
+    json_of,
+    make_durable,
+    sha256_of,
+    write_durably,
+)
 from simskip_vdb.errors import StoreChangedError, StoreError
 
 _OURS = re.compile(r"\.simskip-([0-9a-f]{12})-[0-9a-f]{8}$")
@@ -226,9 +234,16 @@ def settle(index: Path) -> None:
     record = _record(index)
     with disk_errors(index):
         record.with_name(record.name + ".tmp").unlink(missing_ok=True)
-        if not record.is_file():
+        if not has_file(record):
             return
-        for path in map(Path, json_of(record.read_bytes())):
+        try:
+            ours = [Path(name) for name in json_of(record.read_bytes())]
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{record} is damaged ({error}); remove it, and list files beside the index that "
+                "it does not name"
+            ) from error
+        for path in ours:
             if _OURS.search(path.name) and not _names(index, path):
                 path.unlink(missing_ok=True)
         record.unlink()

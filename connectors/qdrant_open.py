@@ -20,7 +20,7 @@ LOCAL = "qdrant-local"
 _HTTP = {"qdrant": "http", "qdrant+https": "https"}
 _PORT, _GRPC_PORT = 6333, 6334
 _TIMEOUT = 120
-_COMMON = ("batch_delay", "filter", "shard_key")
+_COMMON = ("vector", "batch_delay", "filter", "shard_key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from simskip_vdb.errors import StoreError
 
-_LONGEST_NAME = 255
+LONGEST_NAME = 255
 """Bytes."""
 
 
@@ -72,7 +72,7 @@ def beside(path: Path, ending: str, *, hidden: bool = False) -> Path:
 
     A name that would be too long for that is shortened; a hidden file's leaves room for ``.tmp``.
     """
-    dot, room = ("." if hidden else ""), _LONGEST_NAME - (len(".tmp") if hidden else 0)
+    dot, room = ("." if hidden else ""), LONGEST_NAME - (len(".tmp") if hidden else 0)
     name = os.fsencode(path.name)
     over = len(os.fsencode(dot + ending)) + len(name) - room
     if over <= 0:
@@ -89,7 +89,7 @@ def has_file(path: Path) -> bool:
         StoreError: This user may not look there.
     """
     try:
-        return path.is_file()
+        return stat.S_ISREG(os.stat(path).st_mode)  # not Path.is_file: it may hide an error
     except OSError as error:
         _check_absent(path, error)
         return False

@@ -49,6 +49,7 @@ from simskip_vdb.claims import HOLDER, LOCK, Claim, StoreClaim
 from simskip_vdb.datatypes import Ids, StoreInfo, VectorBatch, Vectors
 from simskip_vdb.durable import (
     HashingFile,
+    beside,
     disk_errors,
     has_file,
     json_of,
@@ -512,7 +513,7 @@ class Journal:
             sketches = None
             if "sketch" in table.column_names:
                 flat = table["sketch"].combine_chunks().flatten().to_numpy()
-                sketches = flat.reshape(len(table), -1)
+                sketches = flat.reshape(len(table), table.schema.field("sketch").type.list_size)
             known = Known(ids_from_arrow(table["id"]), table["digest"].to_numpy(), sketches)
             if table.schema.metadata[b"fingerprint"].decode() != known.fingerprint:
                 raise ValueError("its checksum differs")
@@ -594,7 +595,7 @@ class Journal:
                     f"{path} has schema {schema}, this version reads {SCHEMA}; upgrade simskip-vdb"
                 )
             manifest = manifest_from(data)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, JournalError):
                 raise
             raise JournalError(
@@ -617,7 +618,7 @@ class Journal:
                 )
             return self._fresh()
         self.other = ""
-        if written is not None and manifest.index != info.uri:
+        if written is not None and unquote(manifest.index) != unquote(info.uri):
             if self.folder != info.state and _still_there(manifest.index):
                 raise JournalError(
                     f"{self.folder} is the state of {manifest.index}, not of {info.uri}; give each "
@@ -643,13 +644,13 @@ class Journal:
 
     @property
     def _aside(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.of-another-index")
+        """A place beside this one that is free."""
+        places = (beside(self.folder, f".of-another-index-{number}") for number in count())
+        return next(place for place in places if not place.exists())
 
     def _set_aside(self) -> None:
         """Make room where the state is of an index that was here before, and undoes nothing."""
         place = self._aside
-        number = next(n for n in count() if not place.with_name(f"{place.name}-{n}").exists())
-        place = place.with_name(f"{place.name}-{number}")
         with disk_errors(place):
             place.mkdir(mode=0o700)
             for file in sorted(self.folder.iterdir()):

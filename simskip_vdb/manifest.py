@@ -137,18 +137,31 @@ def manifest_from(data: Mapping[str, Any]) -> Manifest:
     values = {name: value for name, value in data.items() if name in known}
     for name in ("current", "pending"):
         values[name] = _write_from(values[name])
-    values["history"] = tuple(values["history"])
+    values["history"] = tuple(dict(entry) for entry in values["history"])
     values["held"] = ref_from(values.get("held"))
     values["past"] = tuple(
-        Past(**{**item, "written": ref_from(item["written"])}) for item in values.get("past", ())
+        Past(**{**item, "written": ref_from(item["written"])}) for item in values.get("past") or ()
     )
+    _check(values, state_id=str, index=str, metric=str, dim=int, copy_of=(str, type(None)))
     return Manifest(**values)
+
+
+def _check(values: Mapping[str, Any], **kinds: type | tuple[type, ...]) -> None:
+    """Make sure that values are of these types.
+
+    Raises:
+        TypeError: One is not, or is not there.
+    """
+    for name, kind in kinds.items():
+        if not isinstance(values.get(name), kind):
+            raise TypeError(f"{name} is {values.get(name)!r}")
 
 
 def _write_from(data: Mapping[str, Any] | None) -> Write | None:
     if data is None:
         return None
     refs = {name: ref_from(data[name]) for name in ("originals", "written", "kept")}
+    _check(data, refiner=str, before=str, fingerprint=str, time=(int, float), summary=dict)
     return Write(**{**data, **refs})
 
 
@@ -156,5 +169,6 @@ def ref_from(data: Mapping[str, Any] | None) -> FileRef | None:
     """Return the `FileRef` that `asdict` took apart."""
     if data is None:
         return None
+    _check(data, name=str, sha256=str)
     parts = (ref_from(part) for part in data.get("parts", ()))
     return FileRef(**{**data, "parts": tuple(part for part in parts if part is not None)})

@@ -138,10 +138,11 @@ def read_qrels(path: Path) -> Qrels:
         DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
     """
     lines = _lines_of(path)
-    number, head = next(
-        ((n, line) for n, line in enumerate(lines) if not line.startswith("#")), (0, "")
-    )
-    if not head:
+    told = ((n, line) for n, line in enumerate(lines) if not line.startswith("#"))
+    number, head = next(told, (0, None))
+    if head == "":
+        malformed(path, number, "it is blank")
+    if head is None:
         raise DataError(f"{path} is empty; judgments are TREC (4 columns) or BEIR TSV (3 columns)")
     columns = head.split("\t")
     beir = len(columns) == 3

@@ -21,6 +21,7 @@ from simskip_vdb.datatypes import (
     Ids,
     Mask,
     Progress,
+    Side,
     VectorBatch,
     silent,
 )
@@ -137,7 +138,7 @@ class NewRows:
             StoppedError: From `progress`; the same command resumes.
         """
         self.store = self._target.open(self._progress)
-        mark(self.store, _note(self._journal, self._refiner))
+        mark(self.store, _note(self._journal, self._refiner.id, self._refiner.side.value))
         self._sending = Sending(
             self._target,
             self.store,
@@ -255,8 +256,8 @@ def _undo(target: InPlace, journal: Journal, write: Write, progress: Progress) -
     if current is None:
         mark(target.store, None)
     else:
-        refiner = journal.refiner(current.refiner)
-        mark(holding(target.store, current), _note(journal, refiner))
+        side = current.summary.get("side", Side.DOCS.value)
+        mark(holding(target.store, current), _note(journal, current.refiner, side))
     journal.settle(happened=False)
 
 
@@ -293,10 +294,10 @@ def _keep_unseen(store: VectorStore, journal: Journal, seen: Ids | None = None) 
         )
 
 
-def _note(journal: Journal, refiner: Refiner) -> dict[str, object]:
+def _note(journal: Journal, refiner: str, side: str) -> dict[str, object]:
     return {
         "state": journal.manifest.state_id,
-        "refiner": refiner.id,
-        "side": refiner.side.value,
+        "refiner": refiner,
+        "side": side,
         "revision": len(journal.manifest.history) + 1,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,8 +33,8 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
             )
         return override.resolve()
     pointer = usual / POINTER
-    known = Path(pointer.read_text(encoding="utf-8")) if has_file(pointer) else usual
     moved = override is not None and has_file(override / "manifest.json")
+    known = _pointed(pointer) if has_file(pointer) else usual
     if has_file(pointer) and not has_file(known / "manifest.json") and not moved:
         raise JournalError(
             f"the state of {store.info().uri} was put in {known}, and is gone from there; bring it "
@@ -50,11 +51,22 @@ def state_folder(store: VectorStore, override: Path | None) -> Path:
     return override.resolve()
 
 
+def _pointed(pointer: Path) -> Path:
+    with disk_errors(pointer):
+        name = pointer.read_bytes()
+    if not name or b"\0" in name:
+        raise JournalError(
+            f"{pointer} is damaged; write the folder of the state into it, or restore it from a "
+            "backup"
+        )
+    return Path(os.fsdecode(name))
+
+
 def point_elsewhere(store: VectorStore, folder: Path) -> None:
     """Leave word beside an index that its state is in another folder."""
     usual = store.info().state
     if usual is not None and folder != usual:
-        write_durably(usual / POINTER, str(folder).encode())
+        write_durably(usual / POINTER, os.fsencode(folder))
 
 
 def forget_elsewhere(usual: Path | None) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from contextlib import closing
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from simskip_vdb.connectors import open_store
 from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.connectors.memory import MemoryStore
+from simskip_vdb.connectors.qdrant_open import open_address
 from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.datatypes import Metric
 from simskip_vdb.errors import (
@@ -142,10 +145,9 @@ def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, na
         uri = address_of("qdrant-edge", str(path), {})
     else:
         with closing(QdrantClient(path=str(path))) as client:
-            client.create_collection(
-                "c%d", vectors_config=VectorParams(size=4, distance=Distance.DOT)
-            )
-        uri = address_of("qdrant-local", str(path), {"collection": "c%d"})
+            dot = VectorParams(size=4, distance=Distance.DOT)
+            client.create_collection("c%d", vectors_config={"a vector": dot, "other": dot})
+        uri = address_of("qdrant-local", str(path), {"collection": "c%d", "vector": "a vector"})
     shown = ""
     for address in (uri, None):
         store = open_store(address or shown, read_only=True)
@@ -186,16 +188,35 @@ def test_a_name_however_long_is_refined_and_restored(
 def test_a_reader_who_may_not_see_the_state_still_inspects(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def forbidden(self: Path) -> bool:
-        if self.parent.suffix == ".simskip":
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return is_file(self)
+    def forbidden(file: Any, **named: Any) -> os.stat_result:  # noqa: ANN401 as os.stat
+        if not isinstance(file, int) and Path(os.fsdecode(file)).parent.suffix == ".simskip":
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return look(file, **named)
 
-    is_file = Path.is_file
-    monkeypatch.setattr(Path, "is_file", forbidden)
+    look = os.stat
+    monkeypatch.setattr(os, "stat", forbidden)
     store = open_store(str(path), read_only=True)
     assert "run as the user who may read it" in inspect(store)["state_problem"]
     refiner = random_refiner(store.info().dim, np.arange(4), 1)
-    for look in (ss.status, refiner.check):
+    for command in (ss.status, refiner.check):
         with pytest.raises(StoreError, match="Permission denied; run as the user"):
-            look(store)
+            command(store)
+
+
+@pytest.mark.parametrize("scheme", ["qdrant", "qdrant+https"])
+def test_the_address_of_a_server_may_name_a_vector(scheme: str) -> None:
+    uri = f"{scheme}://127.0.0.1:1/docs?vector=text&batch_delay=0&filter=a%3Db"
+    target = open_address(uri)
+    assert (target.collection, target.vector, target.filter) == ("docs", "text", "a=b")
+
+
+@pytest.mark.parametrize("uri", ["parquet:/x%00", "qdrant-edge:/x%00", "faiss:/x\0y"])
+def test_an_address_with_a_zero_byte_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="byte 0"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("scheme", ["faiss", "parquet", "qdrant-edge", "qdrant-local"])
+def test_a_name_that_no_file_can_have_is_not_found(scheme: str) -> None:
+    with pytest.raises(StoreNotFoundError, match="so many characters"):
+        open_store(f"{scheme}:/{'x' * 5000}")

@@ -383,3 +383,8 @@ def test_the_line_that_is_named_counts_comments_and_headers(at: Folder) -> None:
     text = "# exported by us\nquery_id\tdoc_id\trelevance\nq0\td0\t1\nq0\td1\t.5\n"
     with pytest.raises(DataError, match=r"line 4: grade '\.5' is not an integer"):
         at.read(qrels=at.text("as.tsv", text))
+
+
+def test_a_first_line_that_is_blank_is_named(at: Folder) -> None:
+    with pytest.raises(DataError, match="line 1: it is blank"):
+        at.read(qrels=at.text("blank.tsv", "\nq0\td0\t1\n"))

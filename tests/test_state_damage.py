@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from parquet_files import write_rows
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.errors import LONGEST, ConfigError, JournalError, SimskipError
+from simskip_vdb.gate import Decision
 from simskip_vdb.journal import Journal
+from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
 
@@ -35,6 +39,8 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
     "cut": lambda data: data[: len(data) // 2],
     "one bit": lambda data: flipped(data, len(data) // 2),
     "nested": lambda _: b"[" * 100_000,
+    "number": lambda _: b"5",
+    "text": lambda _: b'"x"',
 }
 
 
@@ -44,17 +50,17 @@ class Index:
     def __init__(self, folder: Path, kind: str) -> None:
         self.path = folder / "world" / "index"
         self.path.parent.mkdir()
-        ids = IDS
+        self.folder, self.ids = folder, IDS
         if kind == "ivf":
             ivf(self.path, IDS, VECTORS)
         elif kind == "parquet":
             write_rows(self.path, IDS, VECTORS)
         else:
             make(self.path, IDS.tolist(), VECTORS)
-            ids = row_ids(IDS.tolist())
+            self.ids = row_ids(IDS.tolist())
         scheme = {"ivf": "faiss", "parquet": "parquet", "edge": "qdrant-edge"}[kind]
         self.uri = f"{scheme}:{self.path}" + ("?metric=dot" if kind == "parquet" else "")
-        random_refiner(D, ids, 1).save(folder / "X")
+        random_refiner(D, self.ids, 1).save(folder / "X")
         self.settings = ss.Settings(refiner=folder / "X", accept_unmeasured=True)
         self.refine()
         self._copy = folder / "copy"
@@ -190,3 +196,81 @@ def test_originals_are_read_by_nobody_who_could_not_write_the_state(
 def test_a_message_is_no_longer_than_people_read() -> None:
     assert len(str(SimskipError("x" * 10**6))) < LONGEST + 50
     assert str(SimskipError("x" * 10)) == "x" * 10
+
+
+@pytest.mark.parametrize("history", ['"x"', "[5]", '{"a": 1}'])
+def test_a_history_that_is_none_is_damage(index: Index, history: str) -> None:
+    path = index.state / "manifest.json"
+    told = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**told, "history": json.loads(history)}))
+    with (
+        index.store() as store,
+        pytest.raises(JournalError, match="json cannot be read"),
+    ):
+        ss.status(store)
+
+
+def test_an_undone_write_needs_no_refiner_of_the_one_before(index: Index) -> None:
+    refined = index.rows()
+    shutil.rmtree(index.state / "refiners")
+    random_refiner(D, index.ids, 2).save(index.folder / "Y")
+
+    def refuse(*_: object) -> None:
+        raise RefusedError(Decision(passed=False, look=None, reasons=("no",)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ThroughIndex, "accept", refuse)
+        with index.store() as store:
+            report = ss.refine(
+                store, ss.Judgments(), replace(index.settings, refiner=index.folder / "Y")
+            )
+    assert report.exit_code == 3
+    assert np.array_equal(index.rows(), refined)
+    with index.store() as store:
+        assert not ss.status(store)["interrupted"]
+    index.rollback()
+    assert np.array_equal(index.rows(), VECTORS)
+
+
+def test_a_state_of_a_long_name_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 240)
+    random_refiner(D, IDS, 1).save(tmp_path / "X")
+    settings = ss.Settings(refiner=tmp_path / "X", accept_unmeasured=True)
+    ivf(path, IDS, VECTORS)
+    ss.refine(open_store(str(path)), ss.Judgments(), settings)
+    ss.rollback(open_store(str(path)))
+    wider = np.concatenate([VECTORS, VECTORS], axis=1)
+    ivf(path, IDS, wider)
+    random_refiner(2 * D, IDS, 1).save(tmp_path / "Y")
+    again = replace(settings, refiner=tmp_path / "Y")
+    assert ss.refine(open_store(str(path)), ss.Judgments(), again).written is not None
+
+
+def test_a_pointer_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    path = ivf(tmp_path / "index", IDS, VECTORS)
+    random_refiner(D, IDS, 1).save(tmp_path / "X")
+    settings = ss.Settings(
+        refiner=tmp_path / "X", accept_unmeasured=True, state=tmp_path / "elsewhere"
+    )
+    ss.refine(open_store(str(path)), ss.Judgments(), settings)
+    (tmp_path / "index.simskip" / "state-is-elsewhere").write_bytes(b"/no\xff\0where")
+    with pytest.raises(JournalError):
+        ss.rollback(open_store(str(path)))
+
+
+def test_a_state_elsewhere_knows_an_address_that_was_written_otherwise(tmp_path: Path) -> None:
+    """Earlier versions left ``%`` in the addresses of Parquet files as it is."""
+    path = tmp_path / "50%"
+    write_rows(path, IDS, VECTORS)
+    random_refiner(D, IDS, 1).save(tmp_path / "X")
+    state = tmp_path / "elsewhere"
+    settings = ss.Settings(refiner=tmp_path / "X", accept_unmeasured=True, state=state)
+    uri = f"parquet:{tmp_path}/50%25?metric=dot"
+    ss.refine(open_store(uri), ss.Judgments(), settings)
+    told = (state / "manifest.json").read_text()
+    assert "50%25" in told
+    (state / "manifest.json").write_text(told.replace("50%25", "50%"))
+    ss.rollback(open_store(uri))
+    assert np.array_equal(
+        np.stack([v for b in open_store(uri).scan(N) for v in b.vectors]), VECTORS
+    )
