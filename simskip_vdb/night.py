@@ -31,7 +31,7 @@ from simskip_vdb.reporting import build_report, changes
 from simskip_vdb.runs import Runs, record
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
-from simskip_vdb.upkeep import is_as_written
+from simskip_vdb.targets import holds
 from simskip_vdb.workspace import Workspace, keep_refiner, open_workspace
 from simskip_vdb.writing import finish, interrupted, reindex
 
@@ -134,7 +134,7 @@ def _quiet(
         return None
     journal.check_marker(store)
     with journal:
-        if not is_as_written(store, journal, manifest.current):
+        if not holds(store, journal, manifest.current):
             return None
         rows = store.info().count
         found = record(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb import row_by_row, targets, whole_file
+from simskip_vdb import row_by_row, whole_file
 from simskip_vdb.crew import Crew
 from simskip_vdb.datatypes import Progress, id_names, silent
 from simskip_vdb.errors import ConfigError, DataError, StoreError
@@ -17,7 +17,7 @@ from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo
 from simskip_vdb.reading import read_rows
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import our_rows
-from simskip_vdb.sending import Snapshot
+from simskip_vdb.sending import Refinement, Snapshot
 from simskip_vdb.store import Check, RowStore, VectorStore, abilities
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Written",
     "abandon",
     "check_mode",
-    "fingerprint",
     "recover",
     "rollback",
     "snapshot",
@@ -139,51 +138,19 @@ def write(
         StoreError: Writing failed; the index is as it was.
     """
     check_mode(store, mode)
-    with journal.holding(store):
-        with _candidate(
-            store, found, refine, journal, refiner, summary, mode, progress, send
-        ) as candidate:
-            written = candidate.fill()
-            accept(candidate.store)
-            candidate.commit()
-        journal.settle(happened=True, done=candidate.write)
-    return written
-
-
-def _candidate(
-    store: VectorStore,
-    found: Snapshot,
-    refine: Refine,
-    journal: Journal,
-    refiner: Refiner,
-    summary: Mapping[str, Any],
-    mode: str,
-    progress: Progress,
-    send: row_by_row.Send | None,
-) -> whole_file.NewFile | whole_file.SameFile | row_by_row.NewRows:
-    """Return what refined vectors are written to: a file beside, or rows and their journal."""
+    new = Refinement(found, refine, refiner, summary, journal, progress)
     file = abilities(store).file
-    if file is not None:
-        return whole_file.candidate_of(
-            file,
-            found,
-            refine,
-            journal=journal,
-            refiner=refiner.id,
-            summary=summary,
-            progress=progress,
+    with journal.holding(store):
+        preparing = (
+            row_by_row.prepared(_by_rows(store), new, mode=mode, send=send)
+            if file is None
+            else whole_file.prepared(file, new)
         )
-    return row_by_row.NewRows(
-        _by_rows(store),
-        found,
-        refine,
-        journal=journal,
-        refiner=refiner,
-        summary=summary,
-        mode=mode,
-        progress=progress,
-        send=send,
-    )
+        with preparing as candidate:
+            accept(candidate.store)
+            done = candidate.commit()
+        journal.settle(happened=True, done=done)
+    return candidate.outcome
 
 
 def check_mode(store: VectorStore, mode: str) -> None:
@@ -268,12 +235,6 @@ def abandon(
     """
     with journal.holding(store):
         return row_by_row.abandon(_by_rows(store), found, journal, progress)
-
-
-def fingerprint(store: VectorStore) -> str:
-    """Identify what a store holds now: the SHA-256 of its file, or a digest of its rows."""
-    file = abilities(store).file
-    return targets.fingerprint(store) if file is None else file.sha256()
 
 
 def _by_rows(store: VectorStore) -> RowStore:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -27,12 +26,11 @@ from simskip_vdb.datatypes import (
 )
 from simskip_vdb.errors import StoppedError, TransientStoreError
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, Journal, Write
-from simskip_vdb.outgoing import Refine, RolledBack, Written, nothing_to_undo, refuse_nothing
+from simskip_vdb.outgoing import RolledBack, nothing_to_undo, refuse_nothing
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
-from simskip_vdb.refiner import Refiner
 from simskip_vdb.register import Register, WrittenRows, write_of
 from simskip_vdb.rows import Rows, fingerprint_of, row_digests
-from simskip_vdb.sending import Sending, Sent, Snapshot
+from simskip_vdb.sending import Prepared, Refinement, Sending, Sent, Snapshot
 from simskip_vdb.store import RowStore, VectorStore
 from simskip_vdb.targets import (
     InPlace,
@@ -48,120 +46,77 @@ Send = Callable[[Snapshot, Mask, Progress], Sent]
 """Writes the rows of a snapshot but for those that are right already, shape (n,), and verifies."""
 
 
-class NewRows:
-    """Refined vectors on their way into rows, announced before the first and undone if refused.
+@contextmanager
+def prepared(
+    store: RowStore, new: Refinement, *, mode: str, send: Send | None = None
+) -> Iterator[Prepared]:
+    """Write refined vectors to rows: announced before the first, undone where they are refused.
 
     A row that the application changed since it was read stays as it is.
 
     Args:
         store: The index.
-        found: What was read of it.
-        refine: Refines a block of originals.
-        journal: The state, locked.
-        refiner: What is written, for the record.
-        summary: What `status` shows of this write.
+        new: What is written.
         mode: Where to: ``in-place``, ``new-vector`` or ``new-collection``.
-        progress: Called with rows done and rows in all.
         send: Sends, verifies and records the rows; None to do it here.
 
     Raises:
         ConfigError: The store does not know this mode.
+        VerificationError: The store does not hold what was written; it was restored.
+        NothingWrittenError: No row holds what was written; the store is as it was.
+        TransientStoreError: The store kept failing; the same command resumes.
+        StoppedError: From `progress`; the same command resumes.
     """
-
-    def __init__(
-        self,
-        store: RowStore,
-        found: Snapshot,
-        refine: Refine,
-        *,
-        journal: Journal,
-        refiner: Refiner,
-        summary: Mapping[str, Any],
-        mode: str,
-        progress: Progress,
-        send: Send | None,
-    ) -> None:
-        self._uri, self._found, self._refine = store.info().uri, found, refine
-        self._journal, self._refiner, self._progress = journal, refiner, progress
-        self._send = send
-        self._target = target = make_target(store, journal, mode, refiner.id)
-        pending = journal.manifest.pending
-        _keep_unseen(store, journal, found.rows.ids)
-        self._read = AsRead(found.rows, found.digests, journal, store)
-        if pending is not None:
-            kept, before = pending.kept, pending.before
-            if kept is not None and mode == IN_PLACE:
-                rows = Rows(journal.path(kept))
-                kept = journal.save_before(_before(store, journal, pending, rows))
+    found, journal, progress = new.found, new.journal, new.progress
+    target = make_target(store, journal, mode, new.refiner.id)
+    pending = journal.manifest.pending
+    _keep_unseen(store, journal, found.rows.ids)
+    read = AsRead(found.rows, found.digests, journal, store)
+    if pending is not None:
+        kept, before = pending.kept, pending.before
+        if kept is not None and mode == IN_PLACE:
+            kept = journal.save_before(_before(store, journal, pending, Rows(journal.path(kept))))
+    else:
+        before = fingerprint_of(found.rows.ids, found.digests)
+        again = journal.manifest.current is not None and mode != NEW_COLLECTION
+        kept = journal.save_before(target.open(progress).scan(SCAN_ROWS)) if again else None
+    write = Write(
+        refiner=new.refiner.id,
+        before=before,
+        fingerprint="",
+        originals=journal.scanned,
+        written=None,
+        kept=kept,
+        time=time.time(),
+        mode=mode,
+        target=target.name,
+        origin=target.origin,
+        summary=new.summary,
+        partitions={} if pending is None else pending.partitions,
+    )
+    right = settled(journal, found, new.refiner.id, exact=store.info().exact)
+    journal.announce(write)
+    try:
+        receiving = target.open(progress)
+        mark(receiving, _note(journal, new.refiner.id, new.refiner.side.value))
+        sending = Sending(target, receiving, found, read, new.refine, progress, right)
+        if send is None:
+            sent = sending.run(journal)
         else:
-            before = fingerprint_of(found.rows.ids, found.digests)
-            again = journal.manifest.current is not None and mode != NEW_COLLECTION
-            kept = journal.save_before(target.open(progress).scan(SCAN_ROWS)) if again else None
-        self.write = Write(
-            refiner=refiner.id,
-            before=before,
-            fingerprint="",
-            originals=journal.scanned,
-            written=None,
-            kept=kept,
-            time=time.time(),
-            mode=mode,
-            target=target.name,
-            origin=target.origin,
-            summary=summary,
-            partitions={} if pending is None else pending.partitions,
-        )
-        self._right = settled(journal, found, refiner.id, exact=store.info().exact)
+            sent = send(found, right, progress)
+            receiving.settle(progress)
+        refuse_nothing(store.info().uri, sent.outcome)
 
-    def __enter__(self) -> NewRows:
-        self._journal.announce(self.write)
-        return self
+        def commit() -> Write:
+            target.finish(read, sending.refined, progress)
+            return replace(write, written=sent.written, fingerprint=sent.fingerprint, partitions={})
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, TransientStoreError | StoppedError):
-            return
-        if isinstance(error, Exception):
-            _undo(self._target, self._journal, self.write, self._progress)
-
-    def fill(self) -> Written:
-        """Write the rows and read them back.
-
-        Raises:
-            VerificationError: The store does not hold what was written.
-            NothingWrittenError: No row holds what was written.
-            TransientStoreError: The store kept failing; the same command resumes.
-            StoppedError: From `progress`; the same command resumes.
-        """
-        self.store = self._target.open(self._progress)
-        mark(self.store, _note(self._journal, self._refiner.id, self._refiner.side.value))
-        self._sending = Sending(
-            self._target,
-            self.store,
-            self._found,
-            self._read,
-            self._refine,
-            self._progress,
-            self._right,
-        )
-        if self._send is None:
-            sent = self._sending.run(self._journal)
-        else:
-            sent = self._send(self._found, self._right, self._progress)
-            self.store.settle(self._progress)
-        self.write = replace(
-            self.write, written=sent.written, fingerprint=sent.fingerprint, partitions={}
-        )
-        refuse_nothing(self._uri, sent.outcome)
-        return sent.outcome
-
-    def commit(self) -> None:
-        """Let the rows take effect where they are beside the index's own."""
-        self._target.finish(self._read, self._sending.refined, self._progress)
+        yield Prepared(receiving, sent.outcome, commit)
+    except (TransientStoreError, StoppedError):
+        raise
+    except Exception:
+        _undo(target, journal, write, progress)
+        raise
 
 
 def rollback(store: RowStore, journal: Journal, progress: Progress = silent) -> RolledBack:

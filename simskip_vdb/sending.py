@@ -10,11 +10,12 @@ import numpy as np
 
 from simskip_vdb.datatypes import Ids, Mask, Positions, Progress, VectorBatch, Vectors
 from simskip_vdb.errors import VerificationError
-from simskip_vdb.journal import FileRef, Journal
+from simskip_vdb.journal import FileRef, Journal, Write
 from simskip_vdb.outgoing import Refine, Written, refined_at, refined_blocks
 from simskip_vdb.provenance import SCAN_ROWS, AsRead, Lookup, near
+from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import Digests, Originals, fingerprint_of, row_digests
-from simskip_vdb.store import RowStore
+from simskip_vdb.store import RowStore, VectorStore
 from simskip_vdb.targets import InPlace
 
 FEWEST = 100  # rows, below which a share of them says little
@@ -39,6 +40,40 @@ class Snapshot(NamedTuple):
     usable: Mask
     columns: Mapping[str, list[Any]]
     sha256: str = ""
+
+
+class Refinement(NamedTuple):
+    """What is to be written, and where it is recorded.
+
+    Attributes:
+        found: What was read of the index.
+        refine: Refines a block of originals.
+        refiner: Whose vectors they are.
+        summary: What `status` shows of the write.
+        journal: The state, locked.
+        progress: Called with rows done and rows in all.
+    """
+
+    found: Snapshot
+    refine: Refine
+    refiner: Refiner
+    summary: Mapping[str, Any]
+    journal: Journal
+    progress: Progress
+
+
+class Prepared(NamedTuple):
+    """Refined vectors that are there and were read back, and have not taken effect yet.
+
+    Attributes:
+        store: Reads them.
+        outcome: How many rows are what.
+        commit: Lets them take effect; returns the write as it then is.
+    """
+
+    store: VectorStore
+    outcome: Written
+    commit: Callable[[], Write]
 
 
 class Read(NamedTuple):

@@ -12,11 +12,11 @@ from simskip_vdb.attempts import Attempt
 from simskip_vdb.datatypes import Progress, StoreInfo, silent
 from simskip_vdb.durable import has_file, write_durably
 from simskip_vdb.errors import ConfigError, MissingDependencyError
-from simskip_vdb.journal import Journal, Write
+from simskip_vdb.journal import Journal
 from simskip_vdb.ledger import Ledger
 from simskip_vdb.logs import only_tells
 from simskip_vdb.pages import render_markdown, render_page
-from simskip_vdb.reindex import fingerprint, recover
+from simskip_vdb.reindex import recover
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
 from simskip_vdb.runs import Runs, record
@@ -102,7 +102,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "copy_of": journal.manifest.copy_of,
         "interrupted": pending is not None,
         "partitions_written": 0 if pending is None else len(pending.partitions),
-        "changed_since": current is not None and not is_as_written(store, journal, current),
+        "changed_since": current is not None and not holds(store, journal, current),
         "looks": len(Ledger(folder).looks),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
@@ -223,10 +223,3 @@ def leave_page(store: VectorStore, state: Path | None = None) -> None:
             log.info("no page was left: %s", error)
             return
         write_durably(folder / PAGE, page.encode())
-
-
-def is_as_written(store: VectorStore, journal: Journal, current: Write) -> bool:
-    """Tell, by reading it once, whether an index is as a write left it."""
-    if abilities(store).file is not None:
-        return fingerprint(store) == current.fingerprint
-    return holds(store, journal, current)

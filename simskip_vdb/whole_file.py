@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from simskip_vdb.datatypes import Progress, VectorBatch, silent
 from simskip_vdb.errors import JournalError, StoreChangedError
-from simskip_vdb.journal import FileRef, Journal, Write
+from simskip_vdb.journal import IN_PLACE, FileRef, Journal, Write
 from simskip_vdb.outgoing import (
     Outgoing,
     Refine,
@@ -28,7 +27,7 @@ from simskip_vdb.outgoing import (
 from simskip_vdb.provenance import SCAN_ROWS, TrueRows
 from simskip_vdb.register import Register
 from simskip_vdb.rows import Digests, Originals, row_digests
-from simskip_vdb.sending import Snapshot
+from simskip_vdb.sending import Prepared, Refinement
 from simskip_vdb.store import Check, FileStore, VectorStore
 
 log = logging.getLogger(__name__)
@@ -59,167 +58,71 @@ def recover(store: FileStore, journal: Journal) -> None:
     journal.settle(happened=happened)
 
 
-class NewFile:
-    """The index file with refined vectors, beside the one in place, which it takes the place of.
+@contextmanager
+def prepared(store: FileStore, new: Refinement) -> Iterator[Prepared]:
+    """Write the file with refined vectors beside the one in place, which it takes the place of.
 
-    Args:
-        store: The index.
-        found: What was read of it.
-        refine: Refines a block of originals.
-        journal: The state, locked.
-        refiner: Id of what is written, for the record.
-        summary: What `status` shows of this write.
-        progress: Called with rows done and rows in all.
+    Raises:
+        VerificationError: It does not hold what was written.
+        NothingWrittenError: No row would get another vector.
+        StoreChangedError: The file in place changed since it was read.
+        StoreError: Writing failed. In all of these nothing was swapped.
     """
-
-    def __init__(
-        self,
-        store: FileStore,
-        found: Snapshot,
-        refine: Refine,
-        *,
-        journal: Journal,
-        refiner: str,
-        summary: Mapping[str, Any],
-        progress: Progress,
-    ) -> None:
-        self._file, self._found, self._journal = store, found, journal
-        self._outgoing = Outgoing(found.rows, refine, progress)
-        current, before = journal.manifest.current, found.sha256
-        kept, self._keep = None, None
-        if current is None and not found.ours.any():
-            kept = FileRef(name=f"kept-{before[:12]}", sha256=before)
-            self._keep = journal.folder / kept.name
-        elif current is not None and before == current.fingerprint:
-            kept = current.kept
-        self.write = Write(
-            refiner=refiner,
-            before=before,
-            fingerprint="",
-            originals=journal.scanned,
-            written=None,
-            kept=kept,
-            time=time.time(),
-            summary=summary,
-        )
-        self._stack = ExitStack()
-
-    def __enter__(self) -> NewFile:
-        self._pool = self._stack.enter_context(ThreadPoolExecutor(1))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._stack.__exit__(kind, error, trace)
-        finally:
-            if isinstance(error, Exception) and self._file.sha256() == self.write.before:
-                self._journal.settle(happened=False)
-
-    def fill(self) -> Written:
-        """Write the file and read it back.
-
-        Raises:
-            VerificationError: It does not hold what was written.
-            NothingWrittenError: No row would get another vector.
-            StoreChangedError: The file in place changed since it was read.
-        """
-        now = self._pool.submit(self._file.sha256)
-        prepared = self._file.prepared(
-            self._outgoing.batches(), keep=self._keep, expected=self.write.before
-        )
-        self._candidate = self._stack.enter_context(prepared)
-        unchanged_since(self._file, now.result(), self.write.before)
-        self._fingerprint = self._pool.submit(self.store.sha256)
-        self._digests = self._outgoing.verify(self.store)
-        outcome = self._outgoing.outcome("in-place")
-        refuse_nothing(self._file.info().uri, outcome)
-        return outcome
-
-    @property
-    def store(self) -> FileStore:
-        """The new file."""
-        return self._candidate.store
-
-    def commit(self) -> None:
-        """Announce the write, and swap."""
-        written = self._journal.save_written(
-            self._found.rows.ids, self._digests, self._outgoing.originals
-        )
-        self.write = replace(self.write, written=written, fingerprint=self._fingerprint.result())
-        self._journal.announce(self.write)
-        self._candidate.commit()
-
-
-class SameFile:
-    """The index file where it is as it should be: rows came that stay raw, or rows went.
-
-    Args:
-        store: The index.
-        found: What was read of it.
-        new: What would be written.
-        journal: The state, locked.
-    """
-
-    def __init__(self, store: FileStore, found: Snapshot, new: NewFile, journal: Journal) -> None:
-        self.store, self.write = store, new.write
-        self._found, self._journal = found, journal
-
-    def __enter__(self) -> SameFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def fill(self) -> Written:
-        """Write nothing.
-
-        Raises:
-            StoreChangedError: The file changed since it was read.
-        """
-        unchanged_since(self.store, self.store.sha256(), self.write.before)
-        return Written(rows=0, skipped=len(self._found.rows), mode="in-place")
-
-    def commit(self) -> None:
-        """Announce that it is so."""
-        found = self._found
-        originals = np.concatenate([row_digests(block) for _, block in found.rows.blocks()])
-        written = self._journal.save_written(found.rows.ids, found.digests, originals)
-        self.write = replace(self.write, written=written, fingerprint=self.write.before)
-        self._journal.announce(self.write)
-
-
-def candidate_of(
-    store: FileStore,
-    found: Snapshot,
-    refine: Refine,
-    *,
-    journal: Journal,
-    refiner: str,
-    summary: Mapping[str, Any],
-    progress: Progress,
-) -> NewFile | SameFile:
-    """Return what holds the refined vectors until it takes the index's place; see `NewFile`."""
-    new = NewFile(
-        store,
-        found,
-        refine,
-        journal=journal,
-        refiner=refiner,
-        summary=summary,
-        progress=progress,
+    found, journal, current = new.found, new.journal, new.journal.manifest.current
+    before, kept, keep = found.sha256, None, None
+    if current is None and not found.ours.any():
+        kept = FileRef(name=f"kept-{before[:12]}", sha256=before)
+        keep = journal.folder / kept.name
+    elif current is not None and before == current.fingerprint:
+        kept = current.kept
+    write = Write(
+        refiner=new.refiner.id,
+        before=before,
+        fingerprint="",
+        originals=journal.scanned,
+        written=None,
+        kept=kept,
+        time=time.time(),
+        summary=new.summary,
     )
-    current = journal.manifest.current
-    if current is not None and current.refiner == refiner and _all_there(found, refine):
-        return SameFile(store, found, new, journal)
-    return new
+
+    def announced(fingerprint: str, digests: Digests, originals: Digests) -> Write:
+        written = journal.save_written(found.rows.ids, digests, originals)
+        done = replace(write, fingerprint=fingerprint, written=written)
+        journal.announce(done)
+        return done
+
+    if current is not None and current.refiner == new.refiner.id and _all_there(new):
+        # Rows came that stay raw, or rows went: the file is as it should be, and only noted.
+        _check_unchanged(store, store.sha256(), before)
+        originals = np.concatenate([row_digests(block) for _, block in found.rows.blocks()])
+        nothing = Written(rows=0, skipped=len(found.rows), mode=IN_PLACE)
+        yield Prepared(store, nothing, partial(announced, before, found.digests, originals))
+        return
+    outgoing = Outgoing(found.rows, new.refine, new.progress)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            now = pool.submit(store.sha256)
+            with store.prepared(outgoing.batches(), keep=keep, expected=before) as candidate:
+                _check_unchanged(store, now.result(), before)
+                fingerprint = pool.submit(candidate.store.sha256)
+                digests = outgoing.verify(candidate.store)
+                outcome = outgoing.outcome(IN_PLACE)
+                refuse_nothing(store.info().uri, outcome)
+
+                def commit() -> Write:
+                    done = announced(fingerprint.result(), digests, outgoing.originals)
+                    candidate.commit()
+                    return done
+
+                yield Prepared(candidate.store, outcome, commit)
+    except Exception:
+        if store.sha256() == before:
+            journal.settle(happened=False)
+        raise
 
 
-def unchanged_since(store: FileStore, now: str, before: str) -> None:
+def _check_unchanged(store: FileStore, now: str, before: str) -> None:
     """Make sure, by its bytes, that a file is as it was read: clocks are set back, too.
 
     Raises:
@@ -232,11 +135,12 @@ def unchanged_since(store: FileStore, now: str, before: str) -> None:
         )
 
 
-def _all_there(found: Snapshot, refine: Refine) -> bool:
+def _all_there(new: Refinement) -> bool:
     """Tell whether the file holds every row as it should be."""
+    digests = new.found.digests
     return all(
-        np.array_equal(row_digests(refine(start, block)), found.digests[start : start + len(block)])
-        for start, block in found.rows.blocks()
+        np.array_equal(row_digests(new.refine(start, block)), digests[start : start + len(block)])
+        for start, block in new.found.rows.blocks()
     )
 
 

@@ -15,7 +15,7 @@ from simskip_vdb.gate import Decision
 from simskip_vdb.journal import Journal, Write
 from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.refiner import Refiner
-from simskip_vdb.reindex import Written, abandon, fingerprint, write, write_copy
+from simskip_vdb.reindex import Written, abandon, write, write_copy
 from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, summarise, written_part
 from simskip_vdb.row_by_row import settled
@@ -49,9 +49,7 @@ def unchanged(space: Workspace) -> bool:
     current, found = space.current, space.found
     if current is None:
         return False
-    if abilities(space.store).file is not None:
-        return fingerprint(space.store) == current.fingerprint
-    if current.beside:
+    if abilities(space.store).file is not None or current.beside:
         return holds(space.store, space.journal, current)
     written, exact = current.written, space.info.exact
     if written is None or len(found.rows) != written.rows or not found.ours.all():
@@ -163,8 +161,9 @@ def _mark_copy(
     summary: Mapping[str, Any],
 ) -> None:
     """Record beside the copy what it is, before it appears: it must never be refined again."""
-    file = abilities(space.store).file
+    file, copy = abilities(space.store).file, abilities(candidate).file
     assert file is not None
+    assert copy is not None
     info = file.info_at(output)
     assert info.state is not None
     with Journal(info.state, info) as journal:
@@ -179,7 +178,7 @@ def _mark_copy(
             Write(
                 refiner=refiner.id,
                 before="",
-                fingerprint=fingerprint(candidate),
+                fingerprint=copy.sha256(),
                 originals=None,
                 written=None,
                 kept=None,

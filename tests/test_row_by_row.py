@@ -19,12 +19,12 @@ from simskip_vdb.reindex import (
     RolledBack,
     Written,
     abandon,
-    fingerprint,
     recover,
     rollback,
     snapshot,
     write,
 )
+from simskip_vdb.rows import fingerprint_of, row_digests
 from simskip_vdb.store import VectorStore
 
 N, D = 40, 8
@@ -87,6 +87,11 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path) -> Desk:
 
 def tolerance(desk: Desk) -> float:
     return 5e-3 if desk.store.half else 0
+
+
+def fingerprint(store: LiveStore) -> str:
+    (batch,) = store.scan(N)
+    return fingerprint_of(batch.ids, row_digests(batch.vectors))
 
 
 def kill(store: LiveStore) -> None:
