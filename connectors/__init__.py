@@ -92,7 +92,7 @@ def open_store(
 
 
 def _check_place(uri: str, scheme: str) -> None:
-    place = unquote(re.sub(f"^{re.escape(scheme)}:", "", uri).partition("?")[0])
+    place = unquote(uri.removeprefix(f"{scheme}:").partition("?")[0])
     if not place.strip():
         raise ConfigError(
             f"the address of the index is empty ({uri!r}); name the index, or . for the one in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +37,7 @@ from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
     appear,
+    check_free,
     confirm,
     copy_durably,
     keep_as,
@@ -252,8 +252,7 @@ class FaissStore:
     @contextmanager
     def prepared_copy(self, batches: Iterable[VectorBatch], output: Path) -> Iterator[Candidate]:
         """Write the rewritten index to a new file; see `FileBacked.prepared_copy`."""
-        if os.path.lexists(output):
-            raise StoreError(f"{output}: exists already; choose another name")
+        check_free(output)
         new = None if self._lists is None else self._lists.copied_to(output)
         with switching(output, old=None, new=new), staged(output) as temporary:
             candidate = self._written(batches, temporary, new)

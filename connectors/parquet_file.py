@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote
 
 import numpy as np
 
-from simskip_vdb.connectors.addresses import address_of
+from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrite
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
 from simskip_vdb.connectors.swap import (
     Identity,
     appear,
+    check_free,
     confirm,
     copy_durably,
     keep_as,
@@ -40,7 +40,7 @@ from simskip_vdb.datatypes import (
     Vectors,
 )
 from simskip_vdb.durable import beside, json_of, make_durable, sha256_of
-from simskip_vdb.errors import ConfigError, StoreError, StoreNotFoundError, VerificationError
+from simskip_vdb.errors import ConfigError, StoreNotFoundError, VerificationError
 from simskip_vdb.search import exact_search
 from simskip_vdb.store import Candidate
 
@@ -78,7 +78,7 @@ def state_of(path: Path, column: str) -> Path:
     root = state_root(path)
     try:
         index = json_of((root / "manifest.json").read_bytes())["index"]
-        owner = dict(parse_qsl(index.partition("?")[2])).get("vector", Options().vector)
+        owner = parse_address(index, Options._fields)[1].get("vector", Options().vector)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         owner = Options().vector
     return root if column == owner else root / "columns" / quote(column, safe="")
@@ -211,8 +211,7 @@ class ParquetFile:
     @contextmanager
     def prepared_copy(self, batches: Iterable[VectorBatch], output: Path) -> Iterator[Candidate]:
         """Write the rewritten file to a new one; see `FileBacked.prepared_copy`."""
-        if os.path.lexists(output):
-            raise StoreError(f"{output}: exists already; choose another name")
+        check_free(output)
         with staged(output) as temporary:
             candidate = self._written(batches, temporary)
             yield Candidate(candidate, partial(appear, temporary, output, self._path))

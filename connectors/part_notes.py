@@ -14,6 +14,7 @@ from simskip_vdb.connectors.notes import read_note
 from simskip_vdb.datatypes import StoreInfo
 from simskip_vdb.durable import beside, disk_errors, has_file, json_of
 from simskip_vdb.errors import ConfigError, StoreError
+from simskip_vdb.state_place import POINTER
 
 
 def part_note(path: Path) -> dict[str, Any] | None:
@@ -53,7 +54,7 @@ def refuse_refined(part: StoreInfo) -> None:
     """
     assert part.state is not None
     manifest = part.state / "manifest.json"
-    refined = has_file(part.state / "state-is-elsewhere")
+    refined = has_file(part.state / POINTER)
     if has_file(manifest):
         try:
             with disk_errors(manifest):

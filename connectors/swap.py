@@ -158,6 +158,20 @@ def swap_in(temporary: Path, path: Path) -> None:
         os.replace(temporary, path)
 
 
+def check_free(output: Path) -> None:
+    """Make sure that nobody has a name.
+
+    Raises:
+        StoreError: Somebody has it.
+    """
+    if os.path.lexists(output):
+        raise _taken(output)
+
+
+def _taken(output: Path) -> StoreError:
+    return StoreError(f"{output}: exists already; choose another name")
+
+
 def appear(temporary: Path, output: Path, like: Path) -> None:
     """Give the staged file a name that nobody has, and the mode of the file that it is like.
 
@@ -169,7 +183,7 @@ def appear(temporary: Path, output: Path, like: Path) -> None:
         try:
             os.link(temporary, output)
         except FileExistsError:
-            raise StoreError(f"{output}: exists already; choose another name") from None
+            raise _taken(output) from None
         except OSError:
             os.replace(temporary, output)
     confirm(output)

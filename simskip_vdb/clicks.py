@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +14,13 @@ from simskip_vdb.click_logs import WITH_VECTORS, list_logs, read_log
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import JudgmentFiles, Judgments, QuerySet, read_judgments
-from simskip_vdb.parsing import Qrels, read_qrels
+from simskip_vdb.parsing import Judged, Qrels, read_qrels
 
 log = logging.getLogger(__name__)
 
 SAME = 1e-3
 """Relative L2 distance within which two vectors are one: float16, other hardware, other batches."""
 _BLOCK = 1024
-_PENDING = 1 << 20
-"""Judgments gathered before repeated ones are merged."""
 
 
 def gather(
@@ -98,7 +95,7 @@ def read_clicks(folder: Path) -> QuerySet | None:
         option=f"judgments {folder}",
         ids=tuple(queries.ids),
         vectors=queries.vectors,
-        qrels=pairs.qrels(str(folder)),
+        qrels=replace(pairs.qrels(str(folder)), repeated=0),  # clicks are meant to repeat
     )
 
 
@@ -241,44 +238,13 @@ def _same(ones: Vectors, others: Vectors) -> NDArray[np.bool_]:
     return same
 
 
-class _Pairs:
-    """Judged pairs, each with its highest grade."""
+class _Pairs(Judged):
+    """Judged pairs, each with its highest grade, queries and then documents as they came first."""
 
-    def __init__(self) -> None:
-        self._queries: dict[str, int] = {}
-        self._docs: dict[str, int] = {}
-        self._parts: list[NDArray[np.int64]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._parts)
-
-    def add(
-        self, queries: Iterable[str], docs: Sequence[str], grades: NDArray[np.integer[Any]]
-    ) -> None:
-        """Add judgments, some of which may be there."""
-        if not docs:
-            return
-        owners = [self._queries.setdefault(name, len(self._queries)) for name in queries]
-        places = [self._docs.setdefault(name, len(self._docs)) for name in docs]
-        self._parts.append(np.array([owners, places, grades], np.int64))
-        if sum(part.shape[1] for part in self._parts[1:]) > _PENDING:
-            self._merge()
-
-    def qrels(self, source: str) -> Qrels:
-        """Return them, queries and then documents in the order in which they came first."""
-        self._merge()
-        queries, docs = list(self._queries), list(self._docs)
-        owners, places, grades = self._parts[0]
-        return Qrels(
-            source=source,
-            query_ids=[queries[i] for i in owners.tolist()],
-            doc_ids=[docs[i] for i in places.tolist()],
-            grades=grades.astype(np.int32),
-        )
-
-    def _merge(self) -> None:
-        together = np.concatenate([np.empty((3, 0), np.int64), *self._parts], axis=1)
+    @staticmethod
+    def merged(together: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Keep the highest grade of each pair; see `Judged.merged`."""
         owners, places, grades = together
         together = together[:, np.lexsort((-grades, places, owners))]
         again = (np.diff(together[0]) == 0) & (np.diff(together[1]) == 0)
-        self._parts = [together[:, np.concatenate([[True], ~again])[: together.shape[1]]]]
+        return together[:, np.concatenate([[True], ~again])[: together.shape[1]]]

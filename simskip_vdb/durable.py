@@ -1,4 +1,4 @@
-"""Files that survive a kill: written whole, fsynced, renamed into place."""
+"""Files of ours: names that fit, reads with clear errors, writes that survive a kill."""
 
 from __future__ import annotations
 

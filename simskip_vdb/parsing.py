@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice, repeat
@@ -23,7 +23,7 @@ HIGHEST_GRADE = 1000
 LONGEST_LINE = 1 << 24
 """Characters: a long vector fits, and not the gigabyte of one sign that a small gzip can hold."""
 _BLOCK, _PENDING = 1 << 14, 1 << 20
-"""Lines that are read at a time, and that are kept before repeated ones are dropped."""
+"""Lines that are read at a time, and judgments gathered before repeated ones are merged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,7 +99,7 @@ def read_lines(path: Path) -> list[str]:
         DataError: It is not UTF-8, or a line before the last value is blank.
     """
     known: dict[str, str] = {}
-    values = [known.setdefault(line, line) for line in map(str.strip, _lines_of(path))]
+    values = [known.setdefault(line, line) for line in map(str.strip, _trimmed_lines(path))]
     if "" in values:
         malformed(path, values.index(""), "it is blank")
     return values
@@ -137,7 +137,7 @@ def read_qrels(path: Path) -> Qrels:
         ConfigError: There is no such file.
         DataError: A line is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
     """
-    lines = _lines_of(path)
+    lines = _trimmed_lines(path)
     told = ((n, line) for n, line in enumerate(lines) if not line.startswith("#"))
     number, head = next(told, (0, None))
     if head == "":
@@ -146,7 +146,7 @@ def read_qrels(path: Path) -> Qrels:
         raise DataError(f"{path} is empty; judgments are TREC (4 columns) or BEIR TSV (3 columns)")
     columns = head.split("\t")
     beir = len(columns) == 3
-    judged = _Judged()
+    judged = Judged()
     if _is_header(columns if beir else head.split()):
         number += 1
     else:
@@ -180,47 +180,62 @@ def _columns(
     too_high = np.flatnonzero(grades > HIGHEST_GRADE)
     if len(too_high):
         malformed(path, int(too_high[0]) + before, f"a grade is above {HIGHEST_GRADE}")
-    return [row[0].strip() for row in rows], [row[-2].strip() for row in rows], grades
+    return (
+        [row[0].strip() for row in rows],
+        [row[-2].strip() for row in rows],
+        np.maximum(grades, 0),
+    )
 
 
-class _Judged:
-    """Judgments as they are read: a name once, and a line once, however often they come."""
+class Judged:
+    """Judgments as they come: a name is held once, and what says the same is merged."""
 
     def __init__(self) -> None:
         self._queries: dict[str, int] = {}
         self._docs: dict[str, int] = {}
-        self._parts: list[NDArray[np.int32]] = []
+        self._parts: list[NDArray[np.int64]] = []
         self._lines = 0
 
-    def add(self, queries: Sequence[str], docs: Sequence[str], grades: NDArray[np.int32]) -> None:
-        """Add some lines."""
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(
+        self, queries: Iterable[str], docs: Sequence[str], grades: NDArray[np.integer[Any]]
+    ) -> None:
+        """Add judgments, some of which may be there."""
+        if not docs:
+            return
         owners = [self._queries.setdefault(name, len(self._queries)) for name in queries]
         places = [self._docs.setdefault(name, len(self._docs)) for name in docs]
-        self._parts.append(np.array([owners, places, np.maximum(grades, 0)], np.int32))
-        self._lines += len(queries)
+        self._parts.append(np.array([owners, places, grades], np.int64))
+        self._lines += len(docs)
         if sum(part.shape[1] for part in self._parts[1:]) > _PENDING:
-            self._parts = [_once(self._parts)]
+            self._merge()
 
     def qrels(self, source: str) -> Qrels:
-        """Return them in the order of the file."""
+        """Return them as `merged` leaves them."""
+        self._merge()
         queries, docs = list(self._queries), list(self._docs)
-        owners, places, grades = found = _once(self._parts)
+        owners, places, grades = self._parts[0]
         return Qrels(
             source=source,
             query_ids=[queries[i] for i in owners.tolist()],
             doc_ids=[docs[i] for i in places.tolist()],
-            grades=grades.copy(),
-            repeated=self._lines - found.shape[1],
+            grades=grades.astype(np.int32),
+            repeated=self._lines - len(grades),
         )
 
+    @staticmethod
+    def merged(together: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Leave out what equals an earlier one, of queries, documents and grades, shape (3, n)."""
+        order = np.lexsort(together)
+        again = (np.diff(together[:, order]) == 0).all(axis=0)
+        first = order[np.concatenate([[True], ~again])[: len(order)]]
+        return together[:, np.sort(first)]
 
-def _once(parts: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Return columns without those that equal an earlier one."""
-    together = np.concatenate([np.empty((3, 0), np.int32), *parts], axis=1)
-    order = np.lexsort(together)
-    again = (np.diff(together[:, order]) == 0).all(axis=0)
-    first = order[np.concatenate([[True], ~again])[: len(order)]]
-    return together[:, np.sort(first)]
+    def _merge(self) -> None:
+        together = np.concatenate([np.empty((3, 0), np.int64), *self._parts], axis=1)
+        self._parts = [self.merged(together)]
 
 
 @contextmanager
@@ -261,7 +276,7 @@ def lines_of(path: Path) -> Iterator[str]:
             yield line
 
 
-def _lines_of(path: Path) -> Iterator[str]:
+def _trimmed_lines(path: Path) -> Iterator[str]:
     """Yield lines without white space behind them, and without blank lines behind the last."""
     blank = 0
     for line in map(str.rstrip, lines_of(path)):

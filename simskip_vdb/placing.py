@@ -35,8 +35,12 @@ class Note:
     examples: tuple[str, ...]
 
     def __str__(self) -> str:
-        such = f", such as {', '.join(self.examples)}" if self.examples else ""
-        return f"{self.source}: {self.count} {self.what}{such}"
+        return f"{self.source}: {self.count} {self.what}{self.such}"
+
+    @property
+    def such(self) -> str:
+        """The examples as they end a sentence; empty where there are none."""
+        return f", such as {', '.join(self.examples)}" if self.examples else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""

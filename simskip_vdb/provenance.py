@@ -55,6 +55,7 @@ class TrueRows:
         self._store = store
         self._ours = ours
         self._lossy = store.info().lossy
+        self._told = abilities(store).originals
         self._resemblance = Resemblance()
 
     def of(self, batch: VectorBatch) -> tuple[Vectors, Mask]:
@@ -85,12 +86,11 @@ class TrueRows:
             )
 
     def _exact(self, ids: Ids, read: Vectors) -> Vectors:
-        told = abilities(self._store).originals
-        if told is None:
+        if self._told is None:
             raise UnsupportedIndexError(
                 f"{self._store.info().uri} holds lossy codes, and takes no originals"
             )
-        exact = told.originals(ids)
+        exact = self._told.originals(ids)
         self._resemblance.add(read, exact)
         return exact
 

@@ -46,9 +46,7 @@ def build_report(
     late = refiner.info.get("late_rows")
     bad = int((~space.usable).sum())
     notes = [
-        f"{note.count:,} {note.what} ({note.source})"
-        + (f", such as {', '.join(note.examples)}" if note.examples else "")
-        for note in space.judged.notes
+        f"{note.count:,} {note.what} ({note.source}){note.such}" for note in space.judged.notes
     ]
     if measured is not None and measured.left_out:
         notes.append(

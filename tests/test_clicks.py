@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simskip_vdb import clicks
+from simskip_vdb import parsing
 from simskip_vdb.clicks import combine, gather, read_clicks
 from simskip_vdb.datatypes import Split
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
@@ -292,7 +292,7 @@ def test_merging_is_what_a_loop_over_lines_says(
                 expected[query, name] = max(expected.get((query, name), 0), value)
         write(folder / f"{i}.{write.__name__}", *rows)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(clicks, "_PENDING", data.draw(st.sampled_from([0, 3, 1 << 20])))
+        patched.setattr(parsing, "_PENDING", data.draw(st.sampled_from([0, 3, 1 << 20])))
         found = read_clicks(folder)
     if not files:
         assert found is None
