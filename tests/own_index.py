@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,51 @@ from parquet_files import write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
+from simskip_vdb.store import VectorStore
 
 N, D = 300, 12
 
 
-class Index:
+class Opened:
+    """An index that is opened by its address for each thing that is done, and closed after it.
+
+    Attributes:
+        uri: Its address.
+        points: The ids of its rows, as numbers.
+    """
+
+    uri: str
+    points: list[int]
+
+    @contextmanager
+    def store(self) -> Iterator[VectorStore]:
+        store = open_store(self.uri)
+        try:
+            yield store
+        finally:
+            getattr(store, "close", lambda: None)()
+
+    def refine_by(self, refiner: Path) -> ss.Report:
+        settings = ss.Settings(refiner=refiner, accept_unmeasured=True)
+        with self.store() as store:
+            return ss.refine(store, ss.Judgments(), settings)
+
+    def rollback(self) -> dict[str, Any]:
+        with self.store() as store:
+            return ss.rollback(store)
+
+    def rows(self) -> dict[int, Any]:
+        with self.store() as store:
+            batches = list(store.scan(100))
+        return {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
+
+    def array(self) -> np.ndarray:
+        """Return the rows in the order of `points`."""
+        rows = self.rows()
+        return np.stack([rows[i] for i in self.points])
+
+
+class Index(Opened):
     """An index of some kind, its original rows, and two refiners."""
 
     def __init__(self, folder: Path, kind: str, n: int = N) -> None:
@@ -43,16 +84,12 @@ class Index:
             random_refiner(D, self.ids, seed).save(folder / name)
 
     @property
-    def uri(self) -> str:
+    def uri(self) -> str:  # type: ignore[override] # it follows the path
         scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(self.kind, "faiss")
         return f"{scheme}:{self.path}" + ("?metric=dot" if scheme == "parquet" else "")
 
     def refine(self, name: str) -> ss.Report:
-        settings = ss.Settings(refiner=self.folder / name, accept_unmeasured=True)
-        return ss.refine(open_store(self.uri), ss.Judgments(), settings)
-
-    def rollback(self) -> dict[str, Any]:
-        return ss.rollback(open_store(self.uri))
+        return self.refine_by(self.folder / name)
 
     def keep(self) -> Callable[[], None]:
         """Return what brings the index back as it is now, as an application or a backup would."""
@@ -75,19 +112,12 @@ class Index:
         else:
             put(self.path, dict(rows))
 
-    def rows(self) -> dict[int, Any]:
-        batches = list(open_store(self.uri).scan(100))
-        return {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
-
     def holds(self, name: str | None) -> bool:
         wanted = self.vectors
         if name is not None:
             wanted = ss.Refiner.load(self.folder / name).refine_rows(self.vectors, self.ids)
-        rows = self.rows()
-        found = np.stack([rows[i] for i in self.points])
-        return len(rows) == len(self.points) and bool(
-            np.allclose(found, wanted, atol=1e-6 if name else 0)
-        )
+        same = np.allclose(self.array(), wanted, atol=1e-6 if name else 0)
+        return len(self.rows()) == len(self.points) and bool(same)
 
 
 def put_file(copy: Path, path: Path) -> None:

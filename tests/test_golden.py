@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import random_refiner
 from edge_shards import make, row_ids
-from own_index import put
+from own_index import Opened, put
 from parquet_files import write_rows
 
 import simskip_vdb as ss
@@ -19,7 +17,6 @@ from simskip_vdb import Settings
 from simskip_vdb.job import Refit
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.night import run_night
-from simskip_vdb.store import VectorStore
 
 HERE = Path(__file__).with_name("golden")
 GOLDEN = [path for path in sorted(HERE.glob("state-*")) if (path / "index.faiss").is_file()]
@@ -62,7 +59,7 @@ def test_the_same_refiner_has_nothing_to_do_and_a_night_goes_on(index: Path) -> 
     assert index.read_bytes() == before
 
 
-class Refined:
+class Refined(Opened):
     """An index that an earlier version refined twice, with what every row held at each time."""
 
     def __init__(self, kind: str, folder: Path) -> None:
@@ -72,6 +69,7 @@ class Refined:
         self.ids, self.originals, self.first, self.second = (
             np.load(folder / f"{name}.npy") for name in names
         )
+        self.points = self.ids.tolist()
         self.uri = f"qdrant-edge:{folder / 'shard'}"
         if kind == "parquet":
             self.uri = f"parquet:{folder / 'index.parquet'}?metric=dot"
@@ -82,22 +80,8 @@ class Refined:
         self.third.save(folder / "third")
         self.made = self.third.refine_rows(self.originals, row_ids_)
 
-    @contextmanager
-    def store(self) -> Iterator[VectorStore]:
-        store = ss.open_store(self.uri)
-        try:
-            yield store
-        finally:
-            getattr(store, "close", lambda: None)()
-
     def refine(self) -> None:
-        settings = Settings(refiner=self.folder / "third", accept_unmeasured=True)
-        with self.store() as store:
-            ss.refine(store, Judgments(), settings)
-
-    def rollback(self) -> None:
-        with self.store() as store:
-            ss.rollback(store)
+        self.refine_by(self.folder / "third")
 
     def save(self, vectors: np.ndarray) -> None:
         """Write rows as an application does that had read them at some time."""
@@ -105,13 +89,6 @@ class Refined:
             write_rows(self.folder / "index.parquet", self.ids, vectors)
         else:
             put(self.folder / "shard", dict(zip(self.ids.tolist(), vectors, strict=True)))
-
-    def rows(self) -> np.ndarray:
-        with self.store() as store:
-            found = {
-                int(i): v for b in store.scan(100) for i, v in zip(b.ids, b.vectors, strict=True)
-            }
-        return np.stack([found[i] for i in self.ids.tolist()])
 
 
 @pytest.fixture(params=["edge", "parquet"])
@@ -123,15 +100,15 @@ def test_a_second_refinement_is_undone_to_the_very_originals(refined: Refined) -
     with refined.store() as store:
         assert not ss.status(store)["changed_since"]
     refined.rollback()
-    assert np.array_equal(refined.rows(), refined.originals)
+    assert np.array_equal(refined.array(), refined.originals)
 
 
 @pytest.mark.parametrize("came_back", ["first", "second"])
 def test_rows_of_every_earlier_write_are_known(refined: Refined, came_back: str) -> None:
     refined.refine()
-    np.testing.assert_allclose(refined.rows(), refined.made, atol=1e-6)
+    np.testing.assert_allclose(refined.array(), refined.made, atol=1e-6)
     refined.save(getattr(refined, came_back))
     refined.refine()
-    np.testing.assert_allclose(refined.rows(), refined.made, atol=1e-6)
+    np.testing.assert_allclose(refined.array(), refined.made, atol=1e-6)
     refined.rollback()
-    assert np.array_equal(refined.rows(), refined.originals)
+    assert np.array_equal(refined.array(), refined.originals)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import ivf, random_refiner
-from edge_shards import make, row_ids
+from own_index import D, Index
 from parquet_files import write_rows
 
 import simskip_vdb as ss
@@ -22,9 +22,8 @@ from simskip_vdb.gate import Decision
 from simskip_vdb.journal import Journal
 from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.state_place import state_folder
-from simskip_vdb.store import VectorStore
 
-N, D = 120, 8
+N = 120
 IDS = np.arange(N) * 7 + 3
 VECTORS = np.random.default_rng(3).normal(size=(N, D)).astype(np.float32)
 
@@ -44,47 +43,19 @@ DAMAGE: dict[str, Callable[[bytes], bytes | None]] = {
 }
 
 
-class Index:
+class Refined(Index):
     """A refined index, and what takes it and its state back to how they are now."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        self.path = folder / "world" / "index"
-        self.path.parent.mkdir()
-        self.folder, self.ids = folder, IDS
-        if kind == "ivf":
-            ivf(self.path, IDS, VECTORS)
-        elif kind == "parquet":
-            write_rows(self.path, IDS, VECTORS)
-        else:
-            make(self.path, IDS.tolist(), VECTORS)
-            self.ids = row_ids(IDS.tolist())
-        scheme = {"ivf": "faiss", "parquet": "parquet", "edge": "qdrant-edge"}[kind]
-        self.uri = f"{scheme}:{self.path}" + ("?metric=dot" if kind == "parquet" else "")
-        random_refiner(D, self.ids, 1).save(folder / "X")
-        self.settings = ss.Settings(refiner=folder / "X", accept_unmeasured=True)
-        self.refine()
+        (folder / "world").mkdir()
+        super().__init__(folder / "world", kind, N)
+        self.refine("X")
         self._copy = folder / "copy"
-        shutil.copytree(self.path.parent, self._copy)
-
-    @contextmanager
-    def store(self) -> Iterator[VectorStore]:
-        store = open_store(self.uri)
-        try:
-            yield store
-        finally:
-            getattr(store, "close", lambda: None)()
-
-    def refine(self) -> None:
-        with self.store() as store:
-            ss.refine(store, ss.Judgments(), self.settings)
-
-    def rollback(self) -> None:
-        with self.store() as store:
-            ss.rollback(store)
+        shutil.copytree(self.folder, self._copy)
 
     def again(self) -> None:
-        shutil.rmtree(self.path.parent)
-        shutil.copytree(self._copy, self.path.parent)
+        shutil.rmtree(self.folder)
+        shutil.copytree(self._copy, self.folder)
 
     @property
     def state(self) -> Path:
@@ -96,14 +67,8 @@ class Index:
             if path.is_file() and path.stat().st_size:
                 yield path.relative_to(self.state)
 
-    def rows(self) -> np.ndarray:
-        with self.store() as store:
-            batches = list(store.scan(1000))
-        found = {int(i): v for b in batches for i, v in zip(b.ids, b.vectors, strict=True)}
-        return np.stack([found[i] for i in IDS.tolist()])
 
-
-def failure_of(command: Callable[[], None]) -> SimskipError | None:
+def failure_of(command: Callable[[], object]) -> SimskipError | None:
     try:
         command()
     except SimskipError as error:
@@ -112,15 +77,15 @@ def failure_of(command: Callable[[], None]) -> SimskipError | None:
 
 
 @pytest.fixture(params=["ivf", "parquet", "edge"])
-def index(request: pytest.FixtureRequest, tmp_path: Path) -> Index:
-    return Index(tmp_path, request.param)
+def index(request: pytest.FixtureRequest, tmp_path: Path) -> Refined:
+    return Refined(tmp_path, request.param)
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_for_what_it_is_and_loses_nothing(index: Index, damage: str) -> None:
-    refined, told = index.rows(), set()
+def test_damage_is_told_for_what_it_is_and_loses_nothing(index: Refined, damage: str) -> None:
+    refined, told = index.array(), set()
     for name in list(index.files()):
-        for command in (index.refine, index.rollback):
+        for command in (partial(index.refine, "X"), index.rollback):
             index.again()
             path = index.state / name
             whole = path.read_bytes()
@@ -131,26 +96,26 @@ def test_damage_is_told_for_what_it_is_and_loses_nothing(index: Index, damage: s
                 assert not isinstance(error, ConfigError), (name, error)
                 assert len(str(error)) < LONGEST
                 told.add(name.name.partition("-")[0])
-                assert np.array_equal(index.rows(), refined), name
+                assert np.array_equal(index.array(), refined), name
                 path.parent.mkdir(exist_ok=True, parents=True)
                 path.write_bytes(whole)
                 index.rollback()
             else:
-                same = index.rows()
+                same = index.array()
                 assert np.array_equal(same, VECTORS) or np.array_equal(same, refined), name
                 if np.array_equal(same, refined):
                     index.rollback()
-            assert np.array_equal(index.rows(), VECTORS), name
+            assert np.array_equal(index.array(), VECTORS), name
     assert {"originals", "manifest.json"} <= told
 
 
-def test_digests_and_originals_suffice_where_the_refiner_is_lost(index: Index) -> None:
+def test_digests_and_originals_suffice_where_the_refiner_is_lost(index: Refined) -> None:
     shutil.rmtree(index.state / "refiners")
     index.rollback()
-    assert np.array_equal(index.rows(), VECTORS)
+    assert np.array_equal(index.array(), VECTORS)
 
 
-def test_a_lost_manifest_is_no_index_that_was_never_refined(index: Index) -> None:
+def test_a_lost_manifest_is_no_index_that_was_never_refined(index: Refined) -> None:
     (index.state / "manifest.json").unlink()
     for command in (ss.rollback, ss.prune):
         with (
@@ -160,7 +125,7 @@ def test_a_lost_manifest_is_no_index_that_was_never_refined(index: Index) -> Non
             command(store)
 
 
-def test_a_list_of_known_rows_that_an_earlier_version_wrote_is_read(index: Index) -> None:
+def test_a_list_of_known_rows_that_an_earlier_version_wrote_is_read(index: Refined) -> None:
     import pyarrow as pa
 
     with index.store() as store:
@@ -199,7 +164,7 @@ def test_a_message_is_no_longer_than_people_read() -> None:
 
 
 @pytest.mark.parametrize("history", ['"x"', "[5]", '{"a": 1}'])
-def test_a_history_that_is_none_is_damage(index: Index, history: str) -> None:
+def test_a_history_that_is_none_is_damage(index: Refined, history: str) -> None:
     path = index.state / "manifest.json"
     told = json.loads(path.read_bytes())
     path.write_text(json.dumps({**told, "history": json.loads(history)}))
@@ -210,26 +175,22 @@ def test_a_history_that_is_none_is_damage(index: Index, history: str) -> None:
         ss.status(store)
 
 
-def test_an_undone_write_needs_no_refiner_of_the_one_before(index: Index) -> None:
-    refined = index.rows()
+def test_an_undone_write_needs_no_refiner_of_the_one_before(index: Refined) -> None:
+    refined = index.array()
     shutil.rmtree(index.state / "refiners")
-    random_refiner(D, index.ids, 2).save(index.folder / "Y")
 
     def refuse(*_: object) -> None:
         raise RefusedError(Decision(passed=False, look=None, reasons=("no",)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ThroughIndex, "accept", refuse)
-        with index.store() as store:
-            report = ss.refine(
-                store, ss.Judgments(), replace(index.settings, refiner=index.folder / "Y")
-            )
+        report = index.refine("Y")
     assert report.exit_code == 3
-    assert np.array_equal(index.rows(), refined)
+    assert np.array_equal(index.array(), refined)
     with index.store() as store:
         assert not ss.status(store)["interrupted"]
     index.rollback()
-    assert np.array_equal(index.rows(), VECTORS)
+    assert np.array_equal(index.array(), VECTORS)
 
 
 def test_a_state_of_a_long_name_is_set_aside(tmp_path: Path) -> None:
