@@ -31,7 +31,8 @@ from simskip_vdb.evaluation import (
     seen_queries,
 )
 from simskip_vdb.fitting import fit_or_recall
-from simskip_vdb.gate import Evidence, LateRows, decide, look_level
+from simskip_vdb.gate import Evidence, LateRows, decide
+from simskip_vdb.measuring import described
 from simskip_vdb.placing import offsets
 from simskip_vdb.rows import hash_ids
 from simskip_vdb.splits import unit_hash
@@ -262,11 +263,11 @@ def _gate(
 ) -> dict[str, Any]:
     """Let the gate decide as at a first look."""
     before, after = was[space.measure], now[space.measure]
-    seed = space.settings.fit.seed
+    look, seed = described(space), space.settings.fit.seed
     evidence = Evidence(
         measure=space.measure,
-        look=1,
-        chosen=compare(before, after, look_level(1), seed),
+        look=look,
+        chosen=compare(before, after, look.level, seed),
         strata=compare_strata(before, after, seen, seed),
         late_rows=late,
         growing=space.settings.growing,

@@ -1,12 +1,11 @@
-"""Let series of worthless refiners, and gains of known size, come to the gate.
+"""Let nights of worthless refiners, and gains of known size, come to the gate.
 
-    python benchmarks/gate.py [--data DIR] [--table]
+    python benchmarks/gate.py [--data DIR] [--table] [--jobs N]
 
-Every look goes through the `compare` and `decide` that users get; strata and late rows, which can
-only refuse more, are left out. What is measured already, by the code as it stands, is not measured
-again. Writes ``results/gate.json`` and the section of ``docs/quality.md``. Refiners that learnt
-nothing are fitted once and kept, with what they did to test queries, in
-``results/gate_challengers.jsonl``; DIR is needed for new ones only.
+Every look goes through the ledger, the test and the gate that users get (`nights.py`). What is
+measured already, by the code as it stands, is not measured again. Writes ``results/gate.json`` and
+the tables of ``docs/gate.md``. Refiners that learnt nothing are fitted once and kept, with what
+they did to test queries, in ``results/gate_challengers.jsonl``; DIR is needed for new ones only.
 """
 
 from __future__ import annotations
@@ -15,48 +14,66 @@ import argparse
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import product
+from functools import partial
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
 import machine
+import nights as played_nights
 import numpy as np
+import procedures
+from nights import Series, World, clicked, fixed, fresh, growing, play, tilted
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
+from scipy import stats
 
 import simskip_vdb
-from simskip_vdb.gate import Evidence, decide, look_level
-from simskip_vdb.statistics import compare
+from simskip_vdb.harm import HarmWatch
+from simskip_vdb.ledger import FIRST_LEVEL
+from simskip_vdb.statistics import prove
 
 Scores = NDArray[np.float64]
-Draw = Callable[[np.random.Generator], Iterable[Scores]]
 
 HERE = Path(__file__).resolve().parent
 RESULTS = machine.RESULTS / "gate.json"
-DOCS = HERE.parent / "docs" / "quality.md"
-NIGHTS = 30
-MANY, SOME = 1000, 200
-"""Series of one look, and of many looks."""
+DOCS = HERE.parent / "docs" / "gate.md"
+MONTH, YEAR = 30, 365
+MANY, SOME = 300, 60
+"""Indexes that are looked after for a month, and for a year."""
+GAIN, SIZE = 0.02, 300
 GAINS, SIZES = (0.01, 0.02, 0.05), (50, 200, 1000)
+LIVE = (0.02, 0.0, -0.01, -0.02, -0.05)
 LEAST_MOVED = 3
 """Fewest test queries that gained, and that lost, of a set of differences worth resampling."""
-FITTED = {"cranfield": NIGHTS, "cosqa": 8, "nfcorpus/wordllama": 0}
+FITTED = {"cranfield": MONTH, "cosqa": 8, "nfcorpus/wordllama": 0}
 """Refiners to fit on permuted judgments, by set; thirty of each kind of noise come on top."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """Series of looks whose true effect is zero or negative.
+    """Indexes of which the same is true.
 
     Attributes:
-        name: What a person reads.
-        draws: For each series, what yields the test queries' differences, look by look.
+        truth: What is true of the refiners.
+        asked: Which test queries come.
+        world: All of it.
+        nights: For how long.
+        series: How many indexes.
     """
 
-    name: str
-    draws: Sequence[Draw]
+    truth: str
+    asked: str
+    world: World
+    nights: int
+    series: int
+
+    @property
+    def name(self) -> str:
+        """What a person reads."""
+        return f"{self.truth} · {self.asked} · {self.nights}"
 
 
 def main() -> None:
@@ -65,11 +82,12 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data")
     parser.add_argument("--table", action="store_true", help="only the table of what was measured")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     options = parser.parse_args()
     if not options.table:
         store = machine.RESULTS / "gate_challengers.jsonl"
         fit(options.data, store)
-        measure(store)
+        measure(store, options.jobs)
     machine.put(DOCS, "gate", table(json.loads(RESULTS.read_text())))
 
 
@@ -82,61 +100,116 @@ def fit(data: Path, store: Path) -> None:
     torch.set_num_threads(1)
     for name, fits in FITTED.items() if data.is_dir() else ():
         (dataset,) = datasets(data, [name])
-        wanted = {f"noise {strength:g}": NIGHTS for strength in STRENGTHS}
+        wanted = {f"noise {strength:g}": MONTH for strength in STRENGTHS}
         wanted["permuted judgments"] = fits
         for kind, count in wanted.items():
             for line in challengers(dataset, [kind], count, store):
                 print(line, flush=True)
 
 
-def measure(store: Path) -> None:
-    """Run every scenario and every power cell that is not there yet."""
+def measure(store: Path, jobs: int) -> None:
+    """Run all that is not there yet."""
     found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found.pop("machine", None)
     if found.get("code") != code(store):
-        found = {"code": code(store), "null": {}, "power": {}}
-    null, power = found["null"], found["power"]
-    for scenario in scenarios(store):
-        if null.get(scenario.name, {}).get("series") != len(scenario.draws):
-            seed = zlib.crc32(scenario.name.encode())
-            passed = sum(play(draw, [seed, i]) for i, draw in enumerate(scenario.draws))
-            null[scenario.name] = rate(passed, len(scenario.draws))
-            print(scenario.name, null[scenario.name], flush=True)
-            machine.save(RESULTS.stem, found)
+        found = {"code": code(store), "nights": {}, "power": {}, "live": {}, "procedures": {}}
+    with ProcessPoolExecutor(jobs, initializer=_use, initargs=(store,)) as pool:
+        for part, name, run in _cells(store, pool):
+            if name not in found[part]:
+                found[part][name] = run()
+                print(part, name, found[part][name], flush=True)
+                machine.save(RESULTS.stem, found)
+
+
+def _cells(
+    store: Path, pool: ProcessPoolExecutor
+) -> Iterator[tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """Yield the part and the name of each result, and what measures it."""
+    for number, scenario in enumerate(scenarios(store)):
+        played = partial(pool.map, _play, repeat(number), range(scenario.series), chunksize=5)
+        yield "nights", scenario.name, partial(_summary_of, played)
     for name, deltas in gains().items():
         for gain, size in product(GAINS, SIZES):
-            cell = f"{name} · {gain} · {size}"
-            if cell not in power:
-                power[cell] = rate(*found_gains(deltas, gain, size))
-                print(cell, power[cell], flush=True)
-                machine.save(RESULTS.stem, found)
+            yield "power", f"{name} · {gain} · {size}", partial(found_gains, deltas, gain, size)
+    for gain in LIVE:
+        yield "live", str(gain), partial(watched, gain)
+    skewed = most_left_skewed(real_differences())[0]
+    for name in ("nfcorpus (minilm)", "cosqa (minilm)"):
+        met = partial(procedures.compare_procedures, gains()[name], skewed)
+        yield "procedures", name, partial(met, GAIN, SIZE, MONTH, MANY)
 
 
 def code(store: Path) -> str:
     """Hash what the results depend on."""
-    ours = Path(simskip_vdb.__file__).parent
-    sources = (ours / "gate.py", ours / "statistics.py", store)
+    ours, names = Path(simskip_vdb.__file__).parent, ("gate", "ledger", "statistics", "harm")
+    sources = [ours / f"{name}.py" for name in names]
+    sources += [Path(played_nights.__file__), Path(procedures.__file__), store]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
-def play(draw: Draw, seed: list[int]) -> bool:
-    """Tell whether a series ever passes."""
-    looks = enumerate(draw(np.random.default_rng(seed)), 1)
-    return any(passes(deltas, look, seed[-1]) for look, deltas in looks)
+_KNOWN: list[Scenario] = []
 
 
-def passes(deltas: Scores, look: int, seed: int) -> bool:
-    """Tell what the gate says of differences at a look."""
-    chosen = compare(np.zeros(len(deltas)), deltas, look_level(look), seed)
-    return decide(Evidence(measure="nDCG@10", look=look, chosen=chosen)).passed
+def _use(store: Path) -> None:
+    _KNOWN[:] = scenarios(store)
 
 
-def found_gains(deltas: Scores, gain: float, size: int) -> tuple[int, int]:
-    """Count how often a true gain passes at a first look, and out of how many."""
-    series, weights = 150, tilted(deltas, gain)
+def _play(scenario: int, seed: int) -> Series:
+    one = _KNOWN[scenario]
+    return play(one.world, one.nights, [zlib.crc32(one.name.encode()), seed])
+
+
+def _summary_of(played: Callable[[], Iterator[Series]]) -> dict[str, Any]:
+    return summary(list(played()))
+
+
+def summary(series: Sequence[Series]) -> dict[str, Any]:
+    """Say how often what was written, and when."""
+    wrong = sum(len(one.worthless) for one in series)
+    right = sum(len(one.useful) for one in series)
+    first = [min(one.useful, default=None) for one in series]
+    starved = [one.starved for one in series if one.starved is not None]
+    undone = [
+        one.rolled_back[0] - one.turned_harmful
+        for one in series
+        if one.rolled_back and one.turned_harmful is not None
+    ]
+    return {
+        **rate(sum(bool(one.worthless) for one in series), len(series)),
+        "worthless": wrong,
+        "written": wrong + right,
+        "night 1": sum(night == 0 for night in first) / len(series),
+        "night 7": sum(night is not None and night < 7 for night in first) / len(series),
+        "useful": right / len(series),
+        "starved": None if 2 * len(starved) < len(series) else int(np.median(starved)) + 1,
+        "rolled back": sum(bool(one.rolled_back) for one in series) / len(series),
+        "nights of harm": float(np.median(undone)) if undone else None,
+    }
+
+
+def found_gains(deltas: Scores, gain: float, size: int) -> dict[str, Any]:
+    """Say how often a true gain passes at a first look."""
     rng = np.random.default_rng([size, 1])
-    draws = rng.choice(deltas, (series, size), p=weights)
-    return sum(passes(drawn, 1, seed) for seed, drawn in enumerate(draws)), series
+    drawn = rng.choice(deltas, (150, size), p=tilted(deltas, gain))
+    found = [prove(one, FIRST_LEVEL, seed)[2] for seed, one in enumerate(drawn)]
+    return rate(sum(interval is not None and interval[0] > 0 for interval in found), len(found))
+
+
+def watched(gain: float) -> dict[str, Any]:
+    """Say how often harm is proven of a refinement that is live for sixty nights, and when."""
+    pool = [deltas for deltas in real_differences() if tilts(deltas, gain)]
+    nights_until = []
+    for seed in range(MANY):
+        rng = np.random.default_rng([seed, 7])
+        deltas = pool[rng.integers(len(pool))]
+        watch = HarmWatch(refiner="live")
+        for night in range(60):
+            watch = watch.seeing(rng.choice(deltas, 20, p=tilted(deltas, gain)))
+            if watch.harmful:
+                nights_until.append(night + 1)
+                break
+    found = rate(len(nights_until), MANY)
+    return {**found, "median": float(np.median(nights_until)) if nights_until else None}
 
 
 def rate(passed: int, series: int) -> dict[str, Any]:
@@ -150,18 +223,9 @@ def rate(passed: int, series: int) -> dict[str, Any]:
     }
 
 
-def tilted(deltas: Scores, mean: float) -> Scores:
-    """Return weights under which differences have a mean, by exponential tilting (Efron, 1981).
-
-    Ties stay ties, and no query gains or loses what none did.
-    """
-
-    def weights(slope: float) -> Scores:
-        found: Scores = special.softmax(slope * deltas)
-        return found
-
-    slope = optimize.brentq(lambda slope: weights(slope) @ deltas - mean, -500, 500)
-    return weights(slope)
+def tilts(deltas: Scores, mean: float) -> bool:
+    """Tell whether weights can give differences a mean, well inside their range."""
+    return bool(2 * abs(mean) < min(deltas.max(), -deltas.min()))
 
 
 def recentred(deltas: Scores) -> Scores:
@@ -194,80 +258,70 @@ def most_left_skewed(pool: list[Scores], count: int = 20) -> list[Scores]:
 
 
 def scenarios(store: Path) -> Iterator[Scenario]:
-    """Yield all null scenarios."""
+    """Yield all that is played."""
     from nulls import read
 
-    known = read(store)
-    kinds = sorted({kind for _, kind in known})
-    for kind in kinds:
-        pool = [deltas for (_, other), deltas in known.items() if other == kind]
-        yield Scenario(
-            name=f"{kind}, as measured, one look",
-            draws=[once(deltas) for refiners in pool for deltas in refiners],
-        )
-        yield Scenario(
-            name=f"{kind}, mean set to zero, one look",
-            draws=[same_queries([recentred(d) for d in pool], 1)] * MANY,
-        )
-        nightly = [recentred(d) for d in pool if len(d) >= NIGHTS]
-        yield Scenario(
-            name=f"{kind}, mean set to zero, thirty nightly looks",
-            draws=[same_queries(nightly, NIGHTS)] * SOME,
-        )
-    everything = [recentred(d) for d in known.values() if len(d) >= NIGHTS]
-    for size in (30, 50):
-        yield Scenario(
-            name=f"all of these, {size} test queries, thirty nightly looks",
-            draws=[same_queries(everything, NIGHTS, size)] * SOME,
-        )
-    yield Scenario(
-        name="all of these, ten more test queries every night",
-        draws=[same_queries(everything, NIGHTS, 40, growth=10)] * SOME,
+    real = tuple(deltas for deltas in real_differences() if tilts(deltas, 0.05))
+    skewed = tuple(most_left_skewed(list(real)))
+    noise = tuple(one for refiners in read(store).values() for one in recentred(refiners))
+    improving = tuple(deltas for deltas in gains().values() if tilts(deltas, 0.1))
+    for truth, pool in (("worthless", real), ("worthless, most left-skewed", skewed)):
+        yield from _asked(truth, MONTH, MANY, 60, pool=pool)
+        yield from _asked(truth, MONTH, MANY, SIZE, pool=pool)
+        yield from _asked(truth, YEAR, SOME, SIZE, pool=pool)
+    fitted = "worthless, fitted on permuted judgments or noise"
+    yield from _asked(fitted, MONTH, MANY // 2, SIZE, pool=noise)
+    by_clicks = "worthless, judged by clicks on what is live"
+    yield from _asked(by_clicks, MONTH, MANY // 2, SIZE, pool=clicked(1000), biased=True)
+    gaining = f"gaining {GAIN:g}"
+    yield from _asked(gaining, MONTH, MANY, SIZE, pool=improving, candidate=lambda night: GAIN)
+    yield from _asked(
+        f"gaining {GAIN:g} more after every 60 nights of drift",
+        YEAR,
+        SOME // 2,
+        SIZE,
+        pool=improving,
+        candidate=lambda night: GAIN * (1 + night // 60),
     )
-    real = real_differences()
-    skewed = most_left_skewed(real)
-    for what, pool in (("real differences", real), ("the 20 most left-skewed", skewed)):
-        for size in (30, 50, 323):
-            yield Scenario(
-                name=f"{what}, mean set to zero, {size} test queries, one look",
-                draws=[fresh_queries(pool, 1, size)] * MANY,
-            )
+    yield from _asked(
+        "gaining .04 in the first week, and .002 less every night",
+        2 * MONTH,
+        MANY // 4,
+        SIZE,
+        pool=improving,
+        candidate=lambda night: 0.04 if night < 7 else 0.0,
+        ageing=0.002,
+        watched=True,
+    )
+
+
+def _asked(
+    truth: str,
+    nights_: int,
+    series: int,
+    size: int,
+    *,
+    candidate: Callable[[int], float] = lambda night: 0.0,
+    **world: Any,  # noqa: ANN401
+) -> Iterator[Scenario]:
+    """Yield a scenario for each way in which test queries come."""
+    same, new = fixed(size), fresh(size)
+    ways = {
+        f"the same {size} every night": same,
+        f"{size // 3} at first, {size} more by the end": growing(size // 3, size / nights_),
+        f"{size} fresh ones every night": new,
+        f"{size}, half of them fresh every night": fresh(size, 0.5),
+    }
+    for asked, queries in ways.items():
+        if nights_ == YEAR and queries not in (same, new):
+            continue  # they cost as much again, and lie between these
         yield Scenario(
-            name=f"{what}, mean set to zero, 60 fresh test queries every night",
-            draws=[fresh_queries(pool, NIGHTS, 60)] * (2 * SOME),
+            truth=truth,
+            asked=asked,
+            world=World(queries=queries, candidate=candidate, **world),
+            nights=nights_,
+            series=series,
         )
-
-
-def once(deltas: Scores) -> Draw:
-    """Look at differences as they were measured."""
-    return lambda rng: [deltas]
-
-
-def same_queries(
-    pools: list[Scores], looks: int, size: int | None = None, *, growth: int = 0
-) -> Draw:
-    """Draw test queries once, with replacement, and another refiner for each look at them."""
-
-    def draw(rng: np.random.Generator) -> Iterator[Scores]:
-        pool = pools[rng.integers(len(pools))]
-        count = pool.shape[1] if size is None else size
-        queries = rng.integers(0, pool.shape[1], count + growth * looks)
-        for night, refiner in enumerate(rng.permutation(len(pool))[:looks]):
-            yield pool[refiner, queries[: count + growth * night]]
-
-    return draw
-
-
-def fresh_queries(pool: list[Scores], looks: int, size: int) -> Draw:
-    """Draw differences afresh for each look, from one of the pool under a mean of zero."""
-    weighted = [(deltas, tilted(deltas, 0.0)) for deltas in pool]
-
-    def draw(rng: np.random.Generator) -> Iterator[Scores]:
-        deltas, weights = weighted[rng.integers(len(weighted))]
-        for _ in range(looks):
-            yield rng.choice(deltas, size, p=weights)
-
-    return draw
 
 
 def gains() -> dict[str, Scores]:
@@ -281,23 +335,61 @@ def gains() -> dict[str, Scores]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Lay out how often null series pass and how often gains do."""
+    """Lay out what nights, first looks, live refinements and other procedures came to."""
     lines = [
-        "| series without an effect | series | ever passed | 95 % interval |",
-        "|---|---|---|---|",
+        "| refiners are | test queries | nights | indexes | ever written something worthless | "
+        "95 % | worthless of all written | first gain by night 1 | by night 7 | useful writes | "
+        "starved in night | harm rolled back |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in found["null"].items():
+    for name, one in found["nights"].items():
+        truth, asked, nights_ = name.split(" · ")
         low, high = one["ci95"]
+        share = f"{one['worthless']} of {one['written']}"
+        null = truth.startswith("worthless")
+        late = one["nights of harm"]
+        harm = f"{one['rolled back']:.0%}, {late:.0f} nights after" if late is not None else "–"
         lines.append(
-            f"| {name} | {one['series']:,} | {one['rate']:.1%} | {low:.1%} to {high:.1%} |"
+            f"| {truth} | {asked} | {nights_} | {one['series']} | {one['rate']:.1%} | "
+            f"{low:.1%} to {high:.1%} | {share} | "
+            + (
+                "– | – | – | "
+                if null
+                else f"{one['night 1']:.0%} | {one['night 7']:.0%} | {one['useful']:.1f} | "
+            )
+            + f"{one['starved'] or 'never'} | {harm} |"
         )
     head = [f"+{gain:g}, {size:,} queries" for gain, size in product(GAINS, SIZES)]
-    lines += ["", "| differences of | " + " | ".join(head) + " |"]
+    lines += ["", "| a first look at differences of | " + " | ".join(head) + " |"]
     lines.append("|" + "---|" * (len(head) + 1))
     for name in dict.fromkeys(cell.split(" · ")[0] for cell in found["power"]):
         cells = (f"{name} · {gain} · {size}" for gain, size in product(GAINS, SIZES))
         shares = [f"{found['power'][cell]['rate']:.0%}" for cell in cells]
         lines.append(f"| {name} | " + " | ".join(shares) + " |")
+    lines += ["", "| what is live gains | called harmful in 60 nights | 95 % | median night |"]
+    lines.append("|---|---|---|---|")
+    for gain, one in found["live"].items():
+        low, high = one["ci95"]
+        night = "–" if one["median"] is None else f"{one['median']:.0f}"
+        lines.append(
+            f"| {float(gain):+g} | {one['rate']:.1%} | {low:.1%} to {high:.1%} | {night} |"
+        )
+    for name, cells in found["procedures"].items():
+        columns = list(next(iter(cells.values())))
+        lines += [
+            "",
+            f"| procedure, +{GAIN:g} on {name} | allows for dependence | "
+            + " | ".join(columns)
+            + " |",
+            "|" + "---|" * (len(columns) + 2),
+        ]
+        allows = {one.name: one.allows for one in procedures.PROCEDURES}
+        for procedure, one in cells.items():
+            shown = [
+                f"{value:.2f}" if column == "gains" else f"{value:.1%}"
+                for column, value in one.items()
+            ]
+            lines.append(f"| {procedure} | {allows[procedure]} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from simskip_vdb.pipeline import evaluate as evaluate
     from simskip_vdb.pipeline import fit as fit
     from simskip_vdb.pipeline import refine as refine
+    from simskip_vdb.provable import power as power
     from simskip_vdb.refiner import Refiner as Refiner
     from simskip_vdb.upkeep import prune as prune
     from simskip_vdb.upkeep import rollback as rollback
@@ -41,6 +42,7 @@ _HOMES = {
     "evaluate": "pipeline",
     "fit": "pipeline",
     "refine": "pipeline",
+    "power": "provable",
     "Refiner": "refiner",
     "prune": "upkeep",
     "rollback": "upkeep",

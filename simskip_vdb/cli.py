@@ -32,6 +32,7 @@ Exit codes:
   3    the gate refused; nothing was written
   4    stopped part-way; the same command resumes
   5    the gate let it pass, but no row was written; the index is as it was
+  6    nightly: fresh queries proved that what is live does harm
   130  interrupted; the same command resumes"""
 
 SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,
@@ -208,6 +209,27 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     with Bars() as bars:
         report = pipeline.evaluate(store, judgments, settings, on=on, progress=bars)
     _print(report.to_dict(), render, as_json)
+
+
+@cli.command(epilog=EXIT_CODES)
+@shared.index
+@shared.judgments
+@shared.originals
+@shared.measure
+@shared.seed
+@shared.state
+@shared.json
+def power(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 click's options
+    """Tell, before any fit, what gain the test queries could prove, and how many would do.
+
+    No test query is looked at, and nothing is written.
+    """
+    from simskip_vdb import provable
+
+    store, judgments, settings = _prepare(index, options, read_only=True)
+    with Bars() as bars:
+        result = provable.power(store, judgments, settings, progress=bars)
+    _print(result, provable.render_power, as_json)
 
 
 @cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")

@@ -28,6 +28,7 @@ from simskip_vdb.measuring import (
     Scored,
     detail,
     judgments_digest,
+    take_look,
     weigh,
 )
 from simskip_vdb.plans import IDENTITY, Plan
@@ -129,8 +130,7 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
     It is counted as a look at all queries before it happens.
     """
     judged, fold = crossed.queries, crossed.fold
-    content = judgments_digest(judged, space.rows.ids)
-    look = space.ledger.look(crossed.refiner.id, space.measure, content, judged.ids)
+    look = take_look(space, crossed.refiner, judged)
     k = max(depth(space.measures, judged), 10)
     with space.timed("evaluate"):
         before = space.search(space.as_searched(judged.vectors), space.current_blocks(), k).ids
@@ -143,15 +143,23 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
         was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
         scored = Scored(judged=judged, seen=seen, before=was, after=now)
         measured, evidence = weigh(space, crossed.refiner, scored, look, compare_spread)
+    space.ledger.saw(look, evidence.chosen)
     shown = detail(space, scored, before, after)
     return replace(measured, split=CROSS_FITTED, detail=shown), evidence
 
 
-def compare_spread(before: Scores, after: Scores, level: float | None, seed: int) -> Comparison:
+def compare_spread(
+    before: Scores,
+    after: Scores,
+    level: float | None,
+    seed: int,
+    *,
+    one_more_loss: bool = False,
+) -> Comparison:
     """Compare as `compare` does, with differences `SPREAD` times as far from their mean."""
     plain = compare(before, after, None, seed)
     spread = plain.delta + SPREAD * (after - before - plain.delta)
-    found = compare(before, before + spread, level, seed)
+    found = compare(before, before + spread, level, seed, one_more_loss=one_more_loss)
     return replace(found, after=plain.after, wins=plain.wins, ties=plain.ties, losses=plain.losses)
 
 

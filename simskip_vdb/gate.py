@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from enum import Enum
 from typing import Any
 
-ALPHA = 0.025
-"""One-sided error that all looks at one test set share."""
+from simskip_vdb.sample_size import POWER, queries_needed
+
+SMALL = 50
+"""Fewest test queries of a first look that is taken at its word."""
 MIN_QUERIES = 30
 """Fewest test queries that can prove a gain, and fewest of a stratum whose mean is judged."""
 STRATUM_FALL = 0.01
@@ -24,21 +27,38 @@ TOLERANCE = 1e-9
 """Differences of means below this are rounding."""
 
 
-def look_level(look: int) -> float:
-    """Return the one-sided level of the k-th look at a test set.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look at test queries.
 
-    The levels .025/(k(k+1)) sum to .025 over all k (alpha spending by a telescoping series), so
-    looking again and again passes a useless refiner at most once in forty series.
-
-    Args:
-        look: 1 for the first look.
-
-    Raises:
-        ValueError: `look` is below 1.
+    Attributes:
+        number: Which look of this index it is, from 1.
+        level: One-sided level at which it may prove a gain.
+        next_level: Level of one more look at the same queries.
+        proven: Gains whose wealth it spends from: those proven before any of its queries was
+            first looked at.
+        seed: Seed of its statistics; the same look has the same.
     """
-    if look < 1:
-        raise ValueError(f"looks are counted from 1, not {look}")
-    return ALPHA / (look * (look + 1))
+
+    number: int
+    level: float
+    next_level: float
+    proven: int
+    seed: int
+
+    def assumes_loss(self, queries: int) -> bool:
+        """Tell whether a look at so many queries assumes one more that loses (`prove`)."""
+        return self.number > 1 or queries < SMALL
+
+
+class Proof(str, Enum):
+    """What test queries say of a gain."""
+
+    PROVEN = "proven"
+    UNPROVEN = "not proven"
+    HARMFUL = "proven harmful"
+    TOO_FEW = "too few queries"
+    UNMEASURED = "not measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +70,7 @@ class Comparison:
         before: Mean before.
         after: Mean after.
         delta: Mean of the paired differences, after minus before.
+        spread: Their standard deviation; None with fewer than two queries.
         ci95: Paired bootstrap 95 % interval of `delta`; None with fewer than two queries.
         wins: Queries that gained.
         ties: Queries that stayed equal.
@@ -68,6 +89,7 @@ class Comparison:
     wins: int
     ties: int
     losses: int
+    spread: float | None = None
     level: float | None = None
     interval: tuple[float, float] | None = None
     p: float | None = None
@@ -109,7 +131,7 @@ class Evidence:
 
     Attributes:
         measure: Name of the chosen measure, such as ``nDCG@10``.
-        look: Which look at this test set it was, from 1.
+        look: The look that it took.
         chosen: The chosen measure over all test queries, compared at the look's level.
         strata: The chosen measure over ``seen`` and ``unseen`` queries.
         growing: Whether rows will be added between runs.
@@ -118,7 +140,7 @@ class Evidence:
     """
 
     measure: str
-    look: int
+    look: Look
     chosen: Comparison
     strata: Mapping[str, Comparison] = field(default_factory=dict)
     growing: bool = False
@@ -132,10 +154,15 @@ class Decision:
 
     Attributes:
         passed: Whether refined vectors may be written.
-        look: The look at the test set that this was; None where none was taken.
+        look: Which look of this index it was, from 1; None where none was taken.
         reasons: Every failed condition, in words.
         warnings: What a person should know although it forbids nothing.
         unmeasured: True where writing was allowed without evidence, on request.
+        proof: What test queries say of the gain; None where they were not asked.
+        level: One-sided level of the look; None where none was taken.
+        next_level: Level of one more look at the same queries; None where none was taken.
+        proven_before: Proven gains that the level was earned by; None where no look was taken.
+        next_step: What to do where the gain is not proven; None where it is.
     """
 
     passed: bool
@@ -143,10 +170,20 @@ class Decision:
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     unmeasured: bool = False
+    proof: Proof | None = None
+    level: float | None = None
+    next_level: float | None = None
+    proven_before: int | None = None
+    next_step: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        return {**asdict(self), "reasons": list(self.reasons), "warnings": list(self.warnings)}
+        return {
+            **asdict(self),
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "proof": None if self.proof is None else self.proof.value,
+        }
 
 
 def decide(evidence: Evidence | None, *, accept_unmeasured: bool = False) -> Decision:
@@ -173,11 +210,17 @@ def decide(evidence: Evidence | None, *, accept_unmeasured: bool = False) -> Dec
     warnings = _overlap_warnings(evidence)
     late = _late_row_findings(evidence)
     (reasons if evidence.growing else warnings).extend(late)
+    proof = _proof(evidence)
     return Decision(
         passed=not reasons,
-        look=evidence.look,
+        look=evidence.look.number,
         reasons=tuple(reasons),
         warnings=tuple(warnings),
+        proof=proof,
+        level=evidence.look.level,
+        next_level=evidence.look.next_level,
+        proven_before=evidence.look.proven,
+        next_step=_next_step(evidence, proof),
     )
 
 
@@ -201,18 +244,59 @@ def decide_ann(before: float, after: float) -> Decision:
 def _without_evidence(accept_unmeasured: bool) -> Decision:
     if accept_unmeasured:
         warning = "nothing was measured: this is written on request, without proof of a gain"
-        return Decision(passed=True, look=None, warnings=(warning,), unmeasured=True)
+        return Decision(
+            passed=True, look=None, warnings=(warning,), unmeasured=True, proof=Proof.UNMEASURED
+        )
     reason = (
         "nothing was measured: give judged queries (--queries with --qrels) or groups (--labels), "
         "or write without proof by --accept-unmeasured"
     )
-    return Decision(passed=False, look=None, reasons=(reason,), unmeasured=True)
+    return Decision(
+        passed=False, look=None, reasons=(reason,), unmeasured=True, proof=Proof.UNMEASURED
+    )
+
+
+def _proof(evidence: Evidence) -> Proof:
+    chosen, level = evidence.chosen, evidence.look.level
+    if chosen.queries < MIN_QUERIES:
+        return Proof.TOO_FEW
+    if chosen.p is not None and chosen.p <= level and _above_zero(chosen):
+        return Proof.PROVEN
+    if chosen.p_harm is not None and chosen.p_harm <= level:
+        return Proof.HARMFUL
+    return Proof.UNPROVEN
+
+
+def _next_step(evidence: Evidence, proof: Proof) -> str | None:
+    """Say what to do about a gain that is not proven."""
+    if proof is Proof.PROVEN:
+        return None
+    chosen, look = evidence.chosen, evidence.look
+    if proof is Proof.TOO_FEW:
+        return (
+            f"judge at least {MIN_QUERIES - chosen.queries} more test queries; simskip power says "
+            "what gain they could prove"
+        )
+    if proof is Proof.HARMFUL:
+        return "do not write it; fit with more judged queries, or by --side queries"
+    if chosen.delta <= 0 or not chosen.spread:
+        return "no gain was seen, and more test queries will not make one; give more to fit on"
+    needed = queries_needed(chosen.delta, look.next_level, chosen.spread, assumes_loss=True)
+    if needed <= chosen.queries:
+        return (
+            "another look at these queries may prove it; queries that nobody looked at yet would "
+            "prove it sooner"
+        )
+    return (
+        f"a gain of this size is found {POWER:.0%} of the time by about {needed:,} test queries at "
+        f"the next level, {look.next_level:.3g}: judge {needed - chosen.queries:,} more"
+    )
 
 
 def _gain_reasons(evidence: Evidence) -> list[str]:
-    chosen, level = evidence.chosen, look_level(evidence.look)
+    chosen, number, level = evidence.chosen, evidence.look.number, evidence.look.level
     if chosen.level != level:
-        raise ValueError(f"look {evidence.look} needs a comparison at {level}, not {chosen.level}")
+        raise ValueError(f"look {number} needs a comparison at {level}, not {chosen.level}")
     name = evidence.measure
     reasons = []
     if chosen.queries < MIN_QUERIES:
@@ -224,14 +308,13 @@ def _gain_reasons(evidence: Evidence) -> list[str]:
     if chosen.p is None or not chosen.p <= level:
         p = "unknown" if chosen.p is None else f"{chosen.p:.3g}"
         reasons.append(
-            f"{change}, which could be chance: p is {p} and look {evidence.look} at this test set "
-            f"needs {level:.3g} or less; more judged queries would tell, and fresh test queries "
-            "would start again at look 1"
+            f"{change}, which could be chance: p is {p}, and look {number} of this index, with "
+            f"{evidence.look.proven} proven gains to draw on, needs {level:.3g} or less"
         )
-    elif chosen.interval is None or not chosen.interval[0] > 0:
+    elif not _above_zero(chosen):
         interval = "unknown" if chosen.interval is None else _range(chosen.interval)
         reasons.append(
-            f"{change}, but the interval of the gain at look {evidence.look} is {interval}, which "
+            f"{change}, but the interval of the gain at look {number} is {interval}, which "
             "is not above 0; more judged queries would narrow it"
         )
     return reasons
@@ -282,6 +365,10 @@ def _overlap_warnings(evidence: Evidence) -> list[str]:
         f"{overlap:.2f} with those before, below {MIN_OVERLAP:g}; same-group precision cannot tell "
         "whether that order got better"
     ]
+
+
+def _above_zero(chosen: Comparison) -> bool:
+    return chosen.interval is not None and chosen.interval[0] > 0
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -20,6 +20,7 @@ from simskip_vdb.job_values import Window
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR
 from simskip_vdb.judgments import JudgmentFiles, misfits
 
+ALERT, ROLL_BACK = "alert", "rollback"
 _MODES = {"faiss": (IN_PLACE,), "parquet": (IN_PLACE,), "qdrant-edge": (IN_PLACE, NEW_VECTOR)}
 """What can be written, where not every mode can."""
 _PAYLOAD = ("doc_id_field", "group_field", "filter", "guard_field")
@@ -89,6 +90,8 @@ class Job:
         state: The state folder, if not the one beside the index.
         window: When it may run; None for any time.
         rows_per_second: Most rows written in a second; None for no limit.
+        on_harm: What to do where fresh queries prove that the live refinement does harm: `ALERT`
+            or `ROLL_BACK`.
         refit: When a refit is tried.
         retention: What is kept of earlier nights.
     """
@@ -116,6 +119,7 @@ class Job:
     state: Path | None = None
     window: Window | None = None
     rows_per_second: float | None = None
+    on_harm: str = ALERT
     refit: Refit = field(default_factory=Refit)
     retention: Retention = field(default_factory=Retention)
 

@@ -15,7 +15,7 @@ from simskip_vdb.config import Signal
 from simskip_vdb.crew import LOCAL, RAY
 from simskip_vdb.datatypes import Side
 from simskip_vdb.errors import ConfigError
-from simskip_vdb.job import Job, Refit, Retention, conflicts, identity
+from simskip_vdb.job import ALERT, ROLL_BACK, Job, Refit, Retention, conflicts, identity
 from simskip_vdb.job_values import SECRETS, Kind, Window, WrongValue
 from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR
 from simskip_vdb.judgments import JudgmentFiles
@@ -76,6 +76,7 @@ _KEYS: Mapping[str, Kind] = {
     "state": values.new_folder,
     "window": values.window,
     "rows_per_second": values.number("a number above 0", lambda x: 0 < x < math.inf),
+    "on_harm": values.choice(ALERT, ROLL_BACK),
 }
 _TOP: Mapping[str, Kind] = {
     "metrics": values.new_file,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +37,14 @@ from simskip_vdb.gate import (
     Decision,
     Evidence,
     LateRows,
+    Look,
     decide_ann,
-    look_level,
 )
+from simskip_vdb.ledger import FIRST_LEVEL, Ledger
 from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import row_digests
+from simskip_vdb.sample_size import TYPICAL_SPREAD, smallest_gain
 from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.workspace import Blocks, Workspace
 
@@ -93,8 +95,19 @@ class Scored:
     after: Mapping[str, NDArray[np.float64]]
 
 
-Compare = Callable[[NDArray[np.float64], NDArray[np.float64], "float | None", int], Comparison]
-"""Compares one measure as `statistics.compare` does."""
+class Compare(Protocol):
+    """Compares one measure as `statistics.compare` does."""
+
+    def __call__(
+        self,
+        before: NDArray[np.float64],
+        after: NDArray[np.float64],
+        level: float | None,
+        seed: int,
+        *,
+        one_more_loss: bool = False,
+    ) -> Comparison:
+        """See `statistics.compare`."""
 
 
 def measure(
@@ -104,6 +117,7 @@ def measure(
     *,
     as_is: bool = False,
     current: Refiner | None = None,
+    freshest: bool = False,
 ) -> tuple[Measured, Evidence] | None:
     """Compare what the index holds with what a refiner makes of it, by exact search.
 
@@ -115,7 +129,8 @@ def measure(
         split: Which queries to measure on.
         as_is: The refiner wrote the index: measure the rows that it holds.
         current: Compare with what this refiner makes of all rows instead, those that came since
-            it wrote the index included, and by new queries where they can prove more.
+            it wrote the index included.
+        freshest: Leave out queries that were looked at before, where the others can prove more.
 
     Returns:
         None where the split has no queries.
@@ -129,11 +144,12 @@ def measure(
     given = len(judged)
     judged = _unseen(refiner, judged, split)
     if current is not None:
-        judged = _freshest(space, _not_learnt(current, judged))
-    look = 1
+        judged = _not_learnt(current, judged)
+    if freshest:
+        judged = freshest_part(space.ledger, judged)
+    look = described(space)
     if split is Split.TEST:
-        content = judgments_digest(judged, space.rows.ids)
-        look = space.ledger.look(refiner.id, space.measure, content, judged.ids)
+        look = take_look(space, refiner, judged, current)
     k = max(depth(space.measures, judged), 10)
     skip, late = space.skipped(split), space.late(refiner)
     with space.timed("evaluate"):
@@ -146,6 +162,8 @@ def measure(
             overlap = group_overlap(judged, before, after)
         scored = Scored(judged=judged, seen=_seen(space, refiner, judged), before=was, after=now)
         measured, evidence = weigh(space, refiner, scored, look)
+    if split is Split.TEST:
+        space.ledger.saw(look, evidence.chosen)
     measured = replace(
         measured,
         split=split.value,
@@ -214,28 +232,81 @@ def _not_learnt(current: Refiner, judged: JudgedQueries) -> JudgedQueries:
     return judged.subset(fresh) if fresh.any() else judged
 
 
-def _freshest(space: Workspace, judged: JudgedQueries) -> JudgedQueries:
-    """Return the queries that nobody looked at yet, where they can prove more than all of them."""
-    from scipy.stats import norm
+def take_look(
+    space: Workspace, refiner: Refiner, judged: JudgedQueries, current: Refiner | None = None
+) -> Look:
+    """Count a look at test queries before it happens.
 
-    looks = np.array([space.ledger.looked.get(name, 0) for name in judged.ids])
-    fresh = judged.subset(looks == 0)
+    Args:
+        space: The index and its judgments.
+        refiner: What is looked at.
+        judged: The queries.
+        current: What it is compared with, if not with what the index holds.
+    """
+    held = "" if space.as_given else "mixed" if space.current is None else space.current.refiner
+    rows = hashlib.sha256(np.ascontiguousarray(space.rows.ids).data)
+    rows.update(space.digests.data)
+    key = {
+        "refiner": refiner.id,
+        "against": held if current is None else current.id,
+        "measure": space.measure,
+        "test": judgments_digest(judged, space.rows.ids),
+        "rows": rows.hexdigest()[:16],
+    }
+    return space.ledger.look(key, judged)
 
-    def smallest_gain(queries: int, look: int) -> float:
-        """In standard deviations of a query's gain, what is found four times in five."""
-        return float((norm.isf(look_level(look)) + norm.isf(0.2)) / queries**0.5)
 
-    if len(fresh) < MIN_QUERIES:
-        return judged
-    by_all = smallest_gain(len(judged), 1 + int(looks.max()))
-    return fresh if smallest_gain(len(fresh), 1) <= by_all else judged
+def described(space: Workspace) -> Look:
+    """Return the level at which queries that prove nothing are described, a first look's."""
+    seed = space.settings.fit.seed
+    return Look(number=1, level=FIRST_LEVEL, next_level=FIRST_LEVEL, proven=0, seed=seed)
+
+
+def freshest_part(ledger: Ledger, judged: JudgedQueries) -> JudgedQueries:
+    """Return the queries that were first looked at late enough to prove the smallest gain.
+
+    The later, the more of the wealth that proven gains earned may be spent on them, and the fewer
+    they are.
+    """
+    first = ledger.first_looks(judged)
+    spread = ledger.spread or TYPICAL_SPREAD
+
+    def provable(since: int) -> float:
+        look, queries = ledger.next_look(since), int((first >= since).sum())
+        loss = look.assumes_loss(queries)
+        return smallest_gain(queries, look.level, spread, assumes_loss=loss)
+
+    whole = int(first.min(initial=ledger.looks + 1))
+    ends = [int(n) for n in np.unique(first) if (first >= n).sum() >= MIN_QUERIES]
+    best = min([whole, *ends], key=provable) if len(judged) else whole
+    return judged.subset(first >= best)
+
+
+def live_gains(space: Workspace, judged: JudgedQueries) -> NDArray[np.float64]:
+    """Return what the chosen measure gains by what the index holds, over its originals, shape (m,).
+
+    Args:
+        space: The index and its judgments.
+        judged: m queries, which pass through the refiner where the application's do.
+    """
+    k, skip = max(depth(space.measures[:1], judged), 1), space.skipped(Split.TEST)
+    asked = (
+        (judged.vectors, space.rows.blocks()),
+        (space.as_searched(judged.vectors), space.current_blocks()),
+    )
+    with space.timed("evaluate"):
+        was, now = (
+            score(judged, space.search(queries, blocks, k, skip).ids, space.measures[:1])
+            for queries, blocks in asked
+        )
+    return now[space.measure] - was[space.measure]
 
 
 def weigh(
     space: Workspace,
     refiner: Refiner,
     scored: Scored,
-    look: int,
+    look: Look,
     compared_by: Compare = compare,
 ) -> tuple[Measured, Evidence]:
     """Compare scores before and after, the chosen measure at the level of a look.
@@ -244,17 +315,22 @@ def weigh(
         space: The index and its judgments.
         refiner: What the scores are of.
         scored: The scores.
-        look: Which look at these queries it is, from 1.
+        look: The look that is taken.
         compared_by: Compares one measure.
     """
-    seed = space.settings.fit.seed
-    levels = {name: None for name in space.measures} | {space.measure: look_level(look)}
+    was, now = scored.before[space.measure], scored.after[space.measure]
+    levels = {name: None for name in space.measures} | {space.measure: look.level}
     compared = {
-        name: compared_by(scored.before[name], scored.after[name], level, seed)
+        name: compared_by(
+            scored.before[name],
+            scored.after[name],
+            level,
+            look.seed,
+            one_more_loss=look.assumes_loss(len(was)),
+        )
         for name, level in levels.items()
     }
-    was, now = scored.before[space.measure], scored.after[space.measure]
-    strata = compare_strata(was, now, scored.seen, seed)
+    strata = compare_strata(was, now, scored.seen, look.seed)
     measured = Measured(
         split=Split.TEST.value,
         measures={name: found.to_dict() for name, found in compared.items()},
@@ -281,12 +357,15 @@ def learnt_from(refiner: Refiner, judged: JudgedQueries) -> NDArray[np.bool_]:
     return np.isin(row_digests(judged.vectors), refiner.fitted_on)
 
 
+def known_to(refiner: Refiner, judged: JudgedQueries) -> NDArray[np.bool_]:
+    """Tell which queries a refiner learnt from or was chosen by, shape (m,)."""
+    known = np.concatenate([refiner.fitted_on, refiner.chosen_on])
+    return np.isin(row_digests(judged.vectors), known)
+
+
 def _unseen(refiner: Refiner, judged: JudgedQueries, split: Split) -> JudgedQueries:
     """Leave out queries that the refiner learnt from or, for test, was chosen by."""
-    known = refiner.fitted_on
-    if split is Split.TEST:
-        known = np.concatenate([known, refiner.chosen_on])
-    fresh = ~np.isin(row_digests(judged.vectors), known)
+    fresh = ~(known_to if split is Split.TEST else learnt_from)(refiner, judged)
     if not fresh.any():
         raise DataError(
             f"refiner {refiner.id} learnt from all {len(judged)} {split.value} queries, so they "

@@ -19,7 +19,10 @@ _LAST_SUCCESS = "simskip_last_success_timestamp_seconds"
 _FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "simskip_last_run_timestamp_seconds": ("When the job last ran.", ()),
     _LAST_SUCCESS: ("When it last ended with exit code 0 or 3.", ()),
-    "simskip_exit_code": ("How it ended: 0 done, 1 failed, 3 refused, 4 stopped, 5 no row.", ()),
+    "simskip_exit_code": (
+        "How it ended: 0 done, 1 failed, 3 refused, 4 stopped, 5 no row, 6 harm.",
+        (),
+    ),
     "simskip_rows": ("Rows of the index.", ()),
     "simskip_rows_new": ("Rows that were not there the night before.", ()),
     "simskip_rows_changed": ("Rows that the application changed.", ()),
@@ -29,6 +32,9 @@ _FAMILIES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "simskip_measure_before": ("What the gate judged, without the refiner.", ("measure",)),
     "simskip_measure_after": ("What the gate judged, with the refiner.", ("measure",)),
     "simskip_gate_passed": ("Whether the gate let it pass, 1 or 0.", ()),
+    "simskip_live_queries": ("Fresh queries that the live refinement was watched by.", ()),
+    "simskip_live_gain": ("What each gained by it over the originals, on average.", ()),
+    "simskip_live_harmful": ("Whether they prove that it does harm, 1 or 0.", ()),
     "simskip_drift_p": ("Probability of such a drift where there is none.", ("of",)),
     "simskip_seconds": ("Time that a stage took.", ("stage",)),
 }
@@ -52,8 +58,8 @@ def write_metrics(
         path: The file; the node exporter reads names that end with ``.prom``.
         jobs: What each job did. Keys: job, index, exit_code, time (seconds since 1970, or ISO
             8601), rows {total, new, changed, deleted, written}, refiner_age_seconds, measure
-            {name, before, after}, gate_passed, drift {rows {p}, queries {p}}, seconds {stage:
-            seconds}; what is None or missing has no metric.
+            {name, before, after}, gate_passed, live {queries, gain, harmful}, drift {rows {p},
+            queries {p}}, seconds {stage: seconds}; what is None or missing has no metric.
         idle: Jobs that did not run this time and are still looked after: what the old file says
             of them stays.
 
@@ -97,7 +103,9 @@ def _samples(job: Mapping[str, Any]) -> Iterator[_Sample]:
     """Yield the time of the run first."""
     labels = {"job": str(job["job"]), "index": redacted(str(job["index"]))}
     when = _seconds(job["time"])
-    rows, measure, drift = (job.get(name) or {} for name in ("rows", "measure", "drift"))
+    rows, measure, drift, live = (
+        job.get(name) or {} for name in ("rows", "measure", "drift", "live")
+    )
     found: list[tuple[str, Mapping[str, str], Any]] = [
         ("last_run_timestamp_seconds", {}, when),
         ("last_success_timestamp_seconds", {}, when if job["exit_code"] in SUCCESS else None),
@@ -113,6 +121,7 @@ def _samples(job: Mapping[str, Any]) -> Iterator[_Sample]:
             for name in ("before", "after")
         ),
         ("gate_passed", {}, job.get("gate_passed")),
+        *((f"live_{name}", {}, live.get(name)) for name in ("queries", "gain", "harmful")),
         *(("drift_p", {"of": of}, (drift.get(of) or {}).get("p")) for of in ("rows", "queries")),
         *(("seconds", {"stage": stage}, s) for stage, s in (job.get("seconds") or {}).items()),
     ]

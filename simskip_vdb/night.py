@@ -15,9 +15,12 @@ from simskip_vdb.crossfit import applies
 from simskip_vdb.datatypes import Mask, Progress, Split, silent
 from simskip_vdb.drift import Drift, measure_drift, sampled
 from simskip_vdb.gate import Decision
+from simskip_vdb.harm import HarmWatch
 from simskip_vdb.job import Refit
-from simskip_vdb.journal import Journal
+from simskip_vdb.journal import Journal, Write
 from simskip_vdb.judgments import Judgments
+from simskip_vdb.ledger import Ledger
+from simskip_vdb.measuring import known_to, live_gains
 from simskip_vdb.pipeline import (
     Settings,
     challenge,
@@ -32,6 +35,7 @@ from simskip_vdb.runs import Runs, record
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
 from simskip_vdb.targets import holds
+from simskip_vdb.upkeep import rollback
 from simskip_vdb.workspace import Workspace, keep_refiner, open_workspace
 from simskip_vdb.writing import finish, interrupted, reindex
 
@@ -59,6 +63,7 @@ def run_night(
     settings: Settings,
     refit: Refit,
     *,
+    roll_back_harm: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Look after one index for a night.
@@ -68,10 +73,13 @@ def run_night(
         judgments: All that is known now.
         settings: What to do; an index that is looked after grows, so `growing` belongs there.
         refit: When to fit again.
+        roll_back_harm: Roll back a refinement that fresh queries prove harmful; else only say so.
         progress: Called with (stage, done, total); what it raises ends the night.
 
     Returns:
-        The night's record (`runs.record`), which is in the state as well.
+        The night's record (`runs.record`), which is in the state as well; that of the rollback
+        where harm was rolled back. Its part ``live`` says what fresh queries found of the
+        refinement that was live when the night began; None where there was none.
 
     Raises:
         StateInUseError: Another run has the index.
@@ -83,17 +91,20 @@ def run_night(
         return quiet
     with open_workspace(store, judgments, settings, progress) as space:
         pending = interrupted(space)
-        if pending is None:
+        live = None if pending is not None else _watch_live(space)
+        harmful = live if live is not None and live.harmful and roll_back_harm else None
+        if pending is None and harmful is None:
             found = _night(space, judgments, refit, progress)
+            found["live"] = None if live is None else live.to_dict()
             Runs(space.journal.folder).add(found)
             return found
-        counted = changes(space)
-        refiner = space.journal.refiner(pending.refiner)
-        report = finish(space, refiner, space.journal.refiners / refiner.id, progress)
-        if report is not None:
-            outcome = "restored" if report.exit_code else "written"
-            Runs(space.journal.folder).add(record_of(report, "night", outcome, counted))
-    return run_night(store, judgments, settings, refit, progress=progress)
+        if pending is not None:
+            _finish(space, pending, progress)
+    if harmful is not None:
+        return _roll_back(store, settings, harmful, progress)
+    return run_night(
+        store, judgments, settings, refit, roll_back_harm=roll_back_harm, progress=progress
+    )
 
 
 def plan_night(
@@ -129,8 +140,10 @@ def _quiet(
     manifest = journal.manifest
     if manifest.current is None or manifest.pending is not None:
         return None
-    attempt = Attempt.load(folder)
+    attempt, ledger = Attempt.load(folder), Ledger(folder)
     if attempt is None or _by_evidence(attempt, judgments, refit):
+        return None
+    if ledger.may_watch(judged_digests(judgments)) or (ledger.watch and ledger.watch.harmful):
         return None
     journal.check_marker(store)
     with journal:
@@ -146,6 +159,52 @@ def _quiet(
         )
         Runs(folder).add(found)
     return found
+
+
+def _finish(space: Workspace, pending: Write, progress: Progress) -> None:
+    counted = changes(space)
+    refiner = space.journal.refiner(pending.refiner)
+    report = finish(space, refiner, space.journal.refiners / refiner.id, progress)
+    if report is not None:
+        outcome = "restored" if report.exit_code else "written"
+        Runs(space.journal.folder).add(record_of(report, "night", outcome, counted))
+
+
+def _roll_back(
+    store: VectorStore, settings: Settings, harmful: HarmWatch, progress: Progress
+) -> dict[str, Any]:
+    """Restore the originals, as fresh queries proved that what is live does harm."""
+    assert harmful.mean is not None
+    why = (
+        f"{harmful.queries:,} fresh queries proved that refiner {harmful.refiner} does harm "
+        f"({harmful.mean:+.4f} each, p {harmful.p:.2g}), so it was rolled back; it will not be "
+        "written again"
+    )
+    parts = {"live": harmful.to_dict(), "notes": [why]}
+    rollback(store, state=settings.state, progress=progress, parts=parts)
+    return Runs(state_folder(store, settings.state)).read()[-1]
+
+
+def _watch_live(space: Workspace) -> HarmWatch | None:
+    """Let test queries that nobody looked at yet tell whether what is live does harm.
+
+    Those that its refiner learnt from are left out, and count as looked at.
+    """
+    current, ledger = _current(space), space.ledger
+    if current is None:
+        return None
+    watch = ledger.watch
+    if watch is None or watch.refiner != current.id:
+        watch = HarmWatch(refiner=current.id)
+    test = space.judged.queries[Split.TEST]
+    fresh = test.subset(ledger.first_looks(test) > ledger.looks)
+    asked = fresh.subset(~known_to(current, fresh))
+    gains = live_gains(space, asked) if len(asked) else np.empty(0)
+    if len(gains) and np.abs(gains).max() <= 1:  # NumRet, for one, knows no such bound
+        watch = watch.seeing(gains)
+    if len(fresh):
+        ledger.watched(watch, fresh)
+    return watch
 
 
 def _night(

@@ -16,22 +16,25 @@ from simskip_vdb.config import FitSettings
 from simskip_vdb.connectors import open_store
 from simskip_vdb.datatypes import Progress, silent
 from simskip_vdb.errors import SimskipError, StateInUseError, StoppedError, StoreError
-from simskip_vdb.job import Job
+from simskip_vdb.job import ROLL_BACK, Job
 from simskip_vdb.jobs import Jobs
 from simskip_vdb.journal import Journal
 from simskip_vdb.metrics import write_metrics
 from simskip_vdb.night import plan_night, run_night
 from simskip_vdb.pace import Pace
 from simskip_vdb.pipeline import Settings
-from simskip_vdb.report import table
+from simskip_vdb.report import table, undo_command
 from simskip_vdb.runs import Runs, forecast, record
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
+from simskip_vdb.telling import ROLLBACK
 from simskip_vdb.upkeep import leave_page, prune
 
 log = logging.getLogger(__name__)
 
-SEVERITY = (0, 3, 4, 2, 5, 1)
+HARMFUL = 6
+"""Exit code where fresh queries proved that a live refinement does harm."""
+SEVERITY = (0, 3, 4, 2, 5, HARMFUL, 1)
 """Exit codes of jobs, the mildest first; a night ends with the worst."""
 REFUSED = ("refused", "kept", "restored")
 CLOSED, STEPPED_ASIDE = "outside its window", "stepped aside"
@@ -112,7 +115,14 @@ def _run(job: Job, jobs: Jobs, dry_run: bool, stop: Event, progress: Progress) -
         if dry_run:
             found = plan_night(store, judgments, settings, job.refit)
             return _planned(job, jobs, store, found)
-        found = run_night(store, judgments, settings, job.refit, progress=pace)
+        found = run_night(
+            store,
+            judgments,
+            settings,
+            job.refit,
+            roll_back_harm=job.on_harm == ROLL_BACK,
+            progress=pace,
+        )
         keep = job.retention
         prune(store, state=job.state, runs=keep.runs, refiners=keep.refiners)
         leave_page(store, job.state)
@@ -165,18 +175,37 @@ def _finished(job: Job, store: VectorStore, found: Mapping[str, Any]) -> dict[st
     if refused and gate is not None:
         kind = "the current refiner stays" if found["outcome"] == "kept" else "refused"
         messages += [f"{kind}: {reason}" for reason in gate["reasons"]]
+    harm = _harm(found)
+    messages += harm
     return _result(
         job,
         found["outcome"],
-        3 if refused else 0,
+        HARMFUL if harm else 3 if refused else 0,
         rows=found["rows"],
         measure=None if report is None else _chosen(report),
         gate_passed=None if gate is None else gate["passed"],
         drift=found["drift"],
+        live=found["live"],
         seconds=found["seconds"],
         refiner_age_seconds=_age(job, store),
         messages=messages,
     )
+
+
+def _harm(found: Mapping[str, Any]) -> list[str]:
+    """Say what became of a refinement that fresh queries proved harmful; empty without one."""
+    live = found["live"]
+    if live is None or not live["harmful"]:
+        return []
+    if found["action"] == ROLLBACK:
+        return list(found["notes"])
+    if (found["refit"] or {}).get("result") == "champion":
+        return []  # another refiner is live now
+    return [
+        f"refiner {live['refiner']} does harm: {live['queries']:,} fresh queries lose "
+        f"{-live['gain']:.4f} each (p {live['p']:.2g}); undo it: {undo_command(found['index'])}, "
+        f'or let nightly do so: on_harm = "{ROLL_BACK}"'
+    ]
 
 
 def _planned(job: Job, jobs: Jobs, store: VectorStore, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,6 +255,7 @@ def _result(job: Job, outcome: str, exit_code: int, **parts: Any) -> dict[str, A
         "measure": None,
         "gate_passed": None,
         "drift": None,
+        "live": None,
         "refiner_age_seconds": None,
         "seconds": {},
         "messages": [],

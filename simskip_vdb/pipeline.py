@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from simskip_vdb.crossfit import CrossFit, applies, cross_fit, measure_cross_fit
 from simskip_vdb.datatypes import Progress, Side, Split, silent
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.fitting import describe, fit_or_recall, learnt_since, validated
-from simskip_vdb.gate import MIN_QUERIES, Decision, decide
+from simskip_vdb.gate import MIN_QUERIES, Decision, Proof, decide
 from simskip_vdb.journal import IN_PLACE
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.logs import only_tells
@@ -40,6 +41,11 @@ from simskip_vdb.writing import finish, interrupted, reindex, search_refined, un
 LEARNT_SINCE = (
     "the refiner learnt from the validation queries once they had chosen it; shown is what they "
     "said before (fresh evidence: --on test)"
+)
+
+_HARMED = (
+    "fresh queries proved that this refiner does harm while it was live; fit another one with more "
+    "judged queries"
 )
 
 __all__ = ["Settings", "evaluate", "fit", "refine"]
@@ -220,8 +226,11 @@ def challenge(
     if refiner.is_identity:
         decision = Decision(passed=False, look=None, reasons=(_no_gain(refiner, space),))
         return build_report(space, "refine", refiner, folder, validated(refiner), decision)
+    if space.ledger.is_harmful(refiner.id):
+        decision = Decision(passed=False, look=None, reasons=(_HARMED,), proof=Proof.HARMFUL)
+        return build_report(space, "refine", refiner, folder, None, decision)
     if crossed is None:
-        found = measure(space, refiner, Split.TEST, current=current)
+        found = measure(space, refiner, Split.TEST, current=current, freshest=True)
         measured, evidence = found or (None, None)
     else:
         measured, evidence = measure_cross_fit(space, crossed)
@@ -229,9 +238,12 @@ def challenge(
     report = build_report(space, "refine", refiner, folder, measured, decision)
     if not decision.passed:
         return report
-    if refiner.side is Side.QUERIES:
-        return search_refined(space, refiner, report)
-    return reindex(space, refiner, report, progress)
+    write = search_refined if refiner.side is Side.QUERIES else partial(reindex, progress=progress)
+    report = write(space, refiner, report)
+    if evidence is not None and not report.exit_code:
+        with only_tells("what this gain earned for later looks"):
+            space.ledger.earn(evidence.look)
+    return report
 
 
 def remember_attempt(space: Workspace, judgments: Judgments, refiner: str) -> None:

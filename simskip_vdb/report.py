@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from simskip_vdb.gate import MIN_QUERIES, Decision
+from simskip_vdb.gate import MIN_QUERIES, Decision, Proof
 
 REFUSED = 3
 LATE_RULES = {"raw": "left raw", "f": "refined by f"}
@@ -141,6 +141,8 @@ def render_status(status: Mapping[str, Any]) -> str:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(current["time"]))
         lines.append(f"refined by {current['refiner']} on {when}, side {current['side']}")
         lines.append(f"  {_gain(current)}")
+        if status["live"]:
+            lines.append(f"  {_live(status['live'])}")
         if status["changed_since"]:
             lines.append("  it was changed since; changed and added rows are not ours")
         if not status["copy_of"]:
@@ -149,6 +151,16 @@ def render_status(status: Mapping[str, Any]) -> str:
         lines.append(f"state: {status['state']} ({_bytes(status['state_bytes'])})")
         lines.append(f"looks at test queries so far: {status['looks']}")
     return "\n".join(lines)
+
+
+def _live(live: Mapping[str, Any]) -> str:
+    if not live["queries"]:
+        return "no fresh query was seen since"
+    verdict = "proven harmful" if live["harmful"] else "no harm is proven"
+    return (
+        f"since then {live['queries']:,} fresh queries gained {live['gain']:+.4f} each over the "
+        f"originals: {verdict} (p {live['p']:.2g})"
+    )
 
 
 def render_prune(result: Mapping[str, Any]) -> str:
@@ -239,14 +251,25 @@ def _measures(report: Mapping[str, Any]) -> str:
             compared(f"  {name} ({found['queries']})", found) for name, found in strata.items()
         ]
     header = ("exact search", "before", "after", "delta", "95 % interval", "wins", "ties", "losses")
-    look = f", look {report['gate']['look']}" if report["gate"] and report["gate"]["look"] else ""
-    title = f"{report['split']} queries{look}; the gate judges {report['measure']}"
+    title = f"{report['split']} queries{_look(report['gate'])}; the gate judges {report['measure']}"
     few = [
         f"{name}: {found['queries']} queries, too few to judge"
         for name, found in strata.items()
         if found["queries"] < MIN_QUERIES
     ]
     return "\n".join([title, table(header, rows), *few])
+
+
+def _look(gate: Mapping[str, Any] | None) -> str:
+    """Say which look it was, at which level, and what another would need."""
+    if gate is None or gate["look"] is None:
+        return ""
+    if gate.get("level") is None:
+        return f", look {gate['look']}"
+    return (
+        f", look {gate['look']} at p ≤ {gate['level']:.2g} (another look at them: "
+        f"{gate['next_level']:.2g})"
+    )
 
 
 def _regressions(report: Mapping[str, Any]) -> str:
@@ -306,10 +329,14 @@ def _outcome(report: Mapping[str, Any]) -> str:
             lines.append("gate: passed" if not gate["unmeasured"] else "gate: nothing measured")
         else:
             restored = written is not None and written["mode"] == "restored"
+            proof = gate.get("proof")
+            found = f" ({proof})" if proof not in (None, Proof.PROVEN.value) else ""
             lines.append(
-                f"gate: refused, {'written and restored' if restored else 'nothing written'}"
+                f"gate: refused{found}, {'written and restored' if restored else 'nothing written'}"
             )
             lines += [f"  - {reason}" for reason in gate["reasons"]]
+        if gate.get("next_step"):
+            lines.append(f"next: {gate['next_step']}")
     lines += [f"note: {note}" for note in report["notes"]]
     if written is not None and written["mode"] in IN_THE_INDEX:
         lines += _written(report["index"], written)

@@ -29,7 +29,7 @@ def record(action: str, outcome: str, index: str, **parts: Any) -> dict[str, Any
         outcome: ``written``, ``refused``, ``unchanged``, ``quiet``, ``kept`` (a challenger was
             refused, the current refiner stays), ``restored``, ``failed`` or ``stopped``.
         index: The index's URI.
-        parts: report, detail, rows, drift, refit, seconds, command, notes.
+        parts: report, detail, rows, drift, refit, live, seconds, command, notes.
     """
     return {
         "schema": SCHEMA,
@@ -42,6 +42,7 @@ def record(action: str, outcome: str, index: str, **parts: Any) -> dict[str, Any
         "rows": None,
         "drift": None,
         "refit": None,
+        "live": None,
         "seconds": {},
         **parts,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

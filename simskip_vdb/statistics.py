@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.errors import MissingDependencyError
-from simskip_vdb.gate import HARM_LEVEL, Comparison, LateRows, look_level
+from simskip_vdb.gate import HARM_LEVEL, Comparison, LateRows
 
 Scores = NDArray[np.float64]
+Interval = tuple[float, float]
 
 _RESAMPLES = 4_999
 """Fewest resamples of a comparison."""
+_MOST_RESAMPLES = 100_000
+"""Most of them; smaller p come from a saddlepoint approximation."""
 _EXACT = 12
 """Most queries that moved of which all sign flips are gone through."""
 _BATCH_NUMBERS = 1 << 21
@@ -47,21 +50,29 @@ class Regression:
         return asdict(self)
 
 
-def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Comparison:
+def compare(
+    before: Scores,
+    after: Scores,
+    level: float | None,
+    seed: int,
+    *,
+    one_more_loss: bool = False,
+) -> Comparison:
     """Compare one measure before and after on the same queries.
 
     Intervals are percentile bootstraps of the mean difference (Efron & Tibshirani, 1993, chapter
     13); p is a sign-flip test, exact for a few queries that moved and otherwise by random flips.
 
     Both err where most queries gain a little and few lose much, as those few may be missing from
-    the test queries; the stricter the level, the more. So at levels of later looks one more query
-    is assumed, which loses as much as any query moved, and p and `interval` are with it.
+    the test queries; the stricter the level, and the fewer they are, the more. So one more query
+    may be assumed, which loses as much as any query moved, and p and `interval` are with it.
 
     Args:
         before: Shape (m,), at least one query.
         after: Shape (m,).
         level: One-sided level of the look; None describes without testing.
         seed: Draws the resamples.
+        one_more_loss: Assume that query (`Look.assumes_loss`).
 
     Raises:
         ValueError: The shapes differ, or there is no query.
@@ -73,15 +84,13 @@ def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Co
     ci95 = _bootstrap(deltas, 0.025, seed)
     p, p_harm, interval = None, None, None
     if level is not None:
-        tested = _with_missing_loss(deltas) if level < look_level(1) else deltas
-        p, p_harm = _sign_flips(tested, level, seed)
-        # So strict a level needs many resamples, and matters only where p reaches it.
-        interval = _bootstrap(tested, level, seed) if p <= level else None
+        p, p_harm, interval = prove(deltas, level, seed, one_more_loss=one_more_loss)
     return Comparison(
         queries=len(deltas),
         before=float(before.mean()),
         after=float(after.mean()),
         delta=float(deltas.mean()),
+        spread=float(deltas.std(ddof=1)) if len(deltas) > 1 else None,
         ci95=ci95,
         wins=int(np.count_nonzero(deltas > 0)),
         ties=int(np.count_nonzero(deltas == 0)),
@@ -91,6 +100,23 @@ def compare(before: Scores, after: Scores, level: float | None, seed: int) -> Co
         p=p,
         p_harm=p_harm,
     )
+
+
+def prove(
+    deltas: Scores, level: float, seed: int, *, one_more_loss: bool = False
+) -> tuple[float, float, Interval | None]:
+    """Return one-sided p of a gain and of a loss, and the interval of the gain where p proves one.
+
+    Args:
+        deltas: After minus before, shape (m,), at least one query.
+        level: One-sided level.
+        seed: Draws the resamples.
+        one_more_loss: As in `compare`.
+    """
+    tested = _with_missing_loss(deltas) if one_more_loss else deltas
+    p, p_harm = _sign_flips(tested, level, seed)
+    # So strict a level needs many resamples, and matters only where p reaches it.
+    return p, p_harm, _bootstrap(tested, level, seed) if p <= level else None
 
 
 def compare_strata(
@@ -158,9 +184,6 @@ def _rounded(deltas: Scores) -> Scores:
     return np.where(np.abs(deltas) < _ROUNDING, 0.0, deltas)
 
 
-Interval = tuple[float, float]
-
-
 def _bootstrap(deltas: Scores, tail: float, seed: int) -> Interval | None:
     """Return the interval of the mean with `tail` on either side; None for a single query."""
     if len(deltas) < 2:
@@ -185,15 +208,16 @@ def _bootstrap(deltas: Scores, tail: float, seed: int) -> Interval | None:
 
 def _resamples(level: float) -> int:
     """Return enough resamples to tell p at `level`: ten beyond it are expected at the border."""
-    return max(_RESAMPLES, math.ceil(10 / level))
+    return min(_MOST_RESAMPLES, max(_RESAMPLES, math.ceil(10 / level)))
 
 
 def _sign_flips(deltas: Scores, level: float, seed: int) -> tuple[float, float]:
     """Return the one-sided p of a gain and of a loss.
 
     A p that `_RESAMPLES` flips show to be far above the level is reported from those. Otherwise
-    as many are drawn afresh as the level needs. The result is a p-value all the same: it is at or
-    below any t only if that of the first flips is, or, below their bound, that of the second.
+    as many are drawn afresh as the level needs, or, of very small ones, a formula tells. The result
+    is a p-value all the same: it is at or below any t only if that of the first flips is, or,
+    below their bound, that of the second.
     """
     moved = deltas[deltas != 0]
     if len(moved) == 0:
@@ -206,6 +230,8 @@ def _sign_flips(deltas: Scores, level: float, seed: int) -> tuple[float, float]:
     reach = _stats().binom.isf(1e-6, _RESAMPLES, level)
     if _resamples(level) == _RESAMPLES or p > (reach + 1) / (_RESAMPLES + 1):
         return p, p_harm
+    if 10 / level > _MOST_RESAMPLES:
+        return _flips_by_saddlepoint(moved), p_harm
     return _random_flips(moved, _resamples(level), rng)
 
 
@@ -240,6 +266,34 @@ def _random_flips(moved: Scores, resamples: int, rng: np.random.Generator) -> tu
     # The same flips serve the other side.
     losing = _at_most(tested.null_distribution, moved)
     return float(tested.pvalue), (1 + losing) / (1 + resamples)
+
+
+def _flips_by_saddlepoint(moved: Scores) -> float:
+    """Return the share of all sign flips whose sum reaches that of differences above 0.
+
+    Robinson, Saddlepoint approximations for permutation tests and confidence intervals, JRSS B 44
+    (1982), by the formula of Lugannani & Rice (1980); its relative error does not grow in the tail.
+    """
+    from scipy.optimize import brentq
+
+    total, sizes = float(moved.sum()), np.abs(moved)
+    if total >= sizes.sum() * (1 - 1e-12):
+        return float(0.5 ** len(moved))
+    if total <= 0:
+        return 1.0
+
+    def excess(slope: float) -> float:
+        return float(sizes @ np.tanh(slope * sizes)) - total
+
+    end = 1.0 / sizes.max()
+    while excess(end) < 0:
+        end *= 2
+    slope = brentq(excess, 0.0, end, xtol=1e-14 * end)
+    logarithm = float((np.logaddexp(slope * sizes, -slope * sizes) - math.log(2)).sum())
+    w = math.sqrt(2 * (slope * total - logarithm))
+    u = slope * math.sqrt(float((sizes**2 / np.cosh(slope * sizes) ** 2).sum()))
+    normal = _stats().norm
+    return float(np.clip(normal.sf(w) + normal.pdf(w) * (1 / u - 1 / w), 0.0, 1.0))
 
 
 def _at_most(null: Scores, moved: Scores) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simskip_vdb.gate import FAIR_LATE_ROWS, MIN_QUERIES, TOLERANCE, look_level
+from simskip_vdb.gate import FAIR_LATE_ROWS, MIN_QUERIES, TOLERANCE
 from simskip_vdb.report import LATE_RULES, change, compared, interval, number, signed
 from simskip_vdb.telling import (
     RESTORED,
@@ -267,11 +267,14 @@ def gate_lines(run: Run) -> list[str]:
         return [f"Nothing was measured{on_request}."]
     lines = [f"The gate {'passed' if gate['passed'] else 'refused'}."]
     if gate["look"] is not None and found is not None and found.get("p") is not None:
-        level = look_level(gate["look"])
         lines.append(
-            f"Look {gate['look']} at these queries: the gain has p = {found['p']:.3g}, "
-            f"and {level:.3g} or less is needed."
+            f"Look {gate['look']}: the gain has p = {found['p']:.3g}, "
+            f"and {found['level']:.3g} or less is needed."
         )
+    if gate.get("next_level") is not None:
+        lines.append(f"Another look at these queries would need {gate['next_level']:.3g} or less.")
+    if gate.get("next_step"):
+        lines.append(f"{gate['proof'].capitalize()}: {gate['next_step']}.")
     return lines
 
 

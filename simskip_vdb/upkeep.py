@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ PAGE = "report.html"
 
 
 def rollback(
-    store: VectorStore, *, state: Path | None = None, progress: Progress = silent
+    store: VectorStore,
+    *,
+    state: Path | None = None,
+    progress: Progress = silent,
+    parts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Restore the vectors that an index held before it was refined.
 
@@ -38,6 +43,7 @@ def rollback(
         store: The index.
         state: Its state folder, if not the one beside it.
         progress: Called with (stage, done, total).
+        parts: What else the run's record says (`runs.record`).
 
     Returns:
         index, exact, restored, kept, and the sha256 of a file or the digest of all rows.
@@ -61,6 +67,7 @@ def rollback(
             info.uri,
             rows={**counted, "written": done.restored},
             seconds={"write": time.perf_counter() - start},
+            **(parts or {}),
         )
         with only_tells("the record of this run"):
             Runs(folder).add(found)
@@ -86,6 +93,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     known = has_file(folder / "manifest.json")
     journal = Journal(folder, info)
     current, pending = journal.manifest.current, journal.manifest.pending
+    ledger = Ledger(folder)
     refined = None
     if current is not None:
         refined = {"refiner": current.refiner, "time": current.time, **current.summary}
@@ -103,7 +111,8 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "interrupted": pending is not None,
         "partitions_written": 0 if pending is None else len(pending.partitions),
         "changed_since": current is not None and not holds(store, journal, current),
-        "looks": len(Ledger(folder).looks),
+        "looks": ledger.looks,
+        "live": None if refined is None or ledger.watch is None else ledger.watch.to_dict(),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
     }

@@ -18,6 +18,7 @@ COMMANDS = (
     "demo",
     "inspect",
     "fit",
+    "power",
     "evaluate",
     "refine",
     "rollback",
@@ -40,7 +41,7 @@ def test_help_names_every_command_and_exit_code() -> None:
     assert done.returncode == 0
     assert all(f"  {name}" in done.stdout for name in COMMANDS)
     assert set(cli.cli.commands) == set(COMMANDS)
-    assert all(f"  {code}" in done.stdout for code in (0, 1, 2, 3, 4, 5, 130))
+    assert all(f"  {code}" in done.stdout for code in (0, 1, 2, 3, 4, 5, 6, 130))
 
 
 @pytest.mark.parametrize("name", COMMANDS)

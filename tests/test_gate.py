@@ -11,12 +11,17 @@ from simskip_vdb.gate import (
     Decision,
     Evidence,
     LateRows,
+    Look,
+    Proof,
     decide,
     decide_ann,
-    look_level,
 )
 
 FIRST = 0.0125
+
+
+def a_look(number: int, level: float) -> Look:
+    return Look(number=number, level=level, next_level=level / 4, proven=0, seed=0)
 
 
 def comparison(**changes: Any) -> Comparison:  # noqa: ANN401 - any field
@@ -39,7 +44,10 @@ def comparison(**changes: Any) -> Comparison:  # noqa: ANN401 - any field
 
 def evidence(**changes: Any) -> Evidence:  # noqa: ANN401 - any field
     good = Evidence(
-        measure="nDCG@10", look=1, chosen=comparison(), strata={"seen": comparison(queries=60)}
+        measure="nDCG@10",
+        look=a_look(1, FIRST),
+        chosen=comparison(),
+        strata={"seen": comparison(queries=60)},
     )
     return replace(good, **changes)
 
@@ -52,16 +60,27 @@ def refused_for(decision: Decision, *words: str) -> None:
 
 
 def test_good_evidence_passes_without_reasons() -> None:
-    assert decide(evidence()) == Decision(passed=True, look=1)
+    assert decide(evidence()) == Decision(
+        passed=True, look=1, proof=Proof.PROVEN, level=FIRST, next_level=FIRST / 4
+    )
 
 
-def test_levels_follow_the_design_and_never_spend_more_than_a_fortieth() -> None:
-    assert look_level(1) == 0.0125
-    assert look_level(2) == pytest.approx(0.025 / 6)
-    assert look_level(10) == pytest.approx(0.025 / 110)
-    assert sum(look_level(k) for k in range(1, 10_000)) < 0.025
-    with pytest.raises(ValueError, match="counted from 1"):
-        look_level(0)
+@pytest.mark.parametrize(("changes", "proof", "next_step"), [
+    ({"queries": 20, "p": 0.5}, Proof.TOO_FEW, "at least 10 more test queries; simskip power"),
+    ({"p": 0.3, "delta": 0.01, "spread": 0.2}, Proof.UNPROVEN, "next level, 0.00313: judge 5,214"),
+    ({"p": 0.02, "delta": 0.09, "spread": 0.2}, Proof.UNPROVEN, "another look"),
+    ({"p": 0.7, "delta": -0.01, "spread": 0.2}, Proof.UNPROVEN, "no gain was seen"),
+    ({"p": 1.0, "p_harm": 0.001, "delta": -0.1}, Proof.HARMFUL, "do not write it"),
+])  # fmt: skip
+def test_what_is_not_proven_is_told_apart_with_its_next_step(
+    changes: dict[str, Any], proof: Proof, next_step: str
+) -> None:
+    decision = decide(evidence(chosen=comparison(**changes)))
+    assert not decision.passed
+    assert decision.proof is proof
+    assert decision.next_step is not None
+    assert next_step in decision.next_step
+    assert decision.to_dict()["proof"] == proof.value
 
 
 def test_fewer_than_thirty_queries_prove_nothing() -> None:
@@ -85,9 +104,10 @@ def test_p_must_reach_the_level_of_the_look(p: float | None) -> None:
 
 
 def test_later_looks_need_more() -> None:
-    second = look_level(2)
-    assert not decide(evidence(look=2, chosen=comparison(level=second, p=0.005))).passed
-    assert decide(evidence(look=2, chosen=comparison(level=second, p=0.004))).passed
+    second = a_look(2, FIRST / 3)
+    for p, passes in ((0.005, False), (0.004, True)):
+        chosen = comparison(level=second.level, p=p)
+        assert decide(evidence(look=second, chosen=chosen)).passed is passes
 
 
 @pytest.mark.parametrize("level", [0.05, None])
@@ -200,4 +220,8 @@ def test_results_are_plain_json() -> None:
         "reasons": [],
         "warnings": [],
         "unmeasured": False,
+        "proof": "proven",
+        "level": FIRST,
+        "next_level": FIRST / 4,
+        "next_step": None,
     }

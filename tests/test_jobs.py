@@ -81,6 +81,7 @@ device = "cpu"
 state = "state/products"
 window = "22:00-05:30"
 rows_per_second = 500
+on_harm = "rollback"
 refit = { new_judgments = 1, max_age_days = inf, drift = false }
 retention.runs = 7
 retention.refiners = 0
@@ -112,6 +113,7 @@ retention.refiners = 0
             state=base / "state/products",
             window=Window(start=22 * 60, end=5 * 60 + 30),
             rows_per_second=500,
+            on_harm="rollback",
             refit=Refit(new_judgments=1, max_age_days=math.inf, drift=False),
             retention=Retention(runs=7, refiners=0),
         ),
@@ -278,6 +280,7 @@ device = "gpu"
     ("window", "'05:00-05:00'", "leave it out where any time will do"),
     ("window", "'00:00-24:00'", "leave it out where any time will do"),
     ("rows_per_second", "0", "rows_per_second is 0; give a number above 0"),
+    ("on_harm", "'stop'", "on_harm is 'stop'; choose alert or rollback"),
     ("rows_per_second", "inf", "rows_per_second is inf; give a number above 0"),
     ("refit", "30", "refit is a number; write a table"),
     ("refit.new_judgments", "10", "refit.new_judgments is 10; give a share above 0, up to 1"),

@@ -23,6 +23,7 @@ NIGHT = {
     "measure": {"name": "nDCG@10", "before": 0.5, "after": 0.625},
     "gate_passed": True,
     "drift": {"rows": {"p": 0.25}, "queries": {"p": 0.75}},
+    "live": {"refiner": "ab", "queries": 120, "gain": -0.25, "p": 0.04, "harmful": True},
     "seconds": {"read": 1.5, "write": 2},
 }
 Found = dict[tuple[str, str, str], float]
@@ -74,6 +75,9 @@ def test_every_value_arrives_with_its_labels(tmp_path: Path) -> None:
             ("measure_before", "nDCG@10", 0.5),
             ("measure_after", "nDCG@10", 0.625),
             ("gate_passed", "", 1),
+            ("live_queries", "", 120),
+            ("live_gain", "", -0.25),
+            ("live_harmful", "", 1),
             ("drift_p", "rows", 0.25),
             ("drift_p", "queries", 0.75),
             ("seconds", "read", 1.5),
@@ -94,7 +98,7 @@ def test_labels_have_their_names(tmp_path: Path) -> None:
 
 def test_what_is_not_known_has_no_metric(tmp_path: Path) -> None:
     failed = {"job": "products", "index": "faiss:x", "exit_code": 1, "time": 5}
-    unknown = ("rows", "refiner_age_seconds", "measure", "gate_passed", "drift")
+    unknown = ("rows", "refiner_age_seconds", "measure", "gate_passed", "drift", "live")
     for job in (failed, {**failed, **dict.fromkeys(unknown), "seconds": {}}):
         write_metrics(tmp_path / "x.prom", [job])
         assert short(tmp_path / "x.prom") == {"last_run_timestamp_seconds": 5, "exit_code": 1}

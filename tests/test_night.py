@@ -20,16 +20,18 @@ from judged import Case, make_case
 import simskip_vdb as ss
 from simskip_vdb import Refiner, Settings
 from simskip_vdb.attempts import Attempt, judged_digests
-from simskip_vdb.datatypes import Split, silent
+from simskip_vdb.datatypes import JudgedQueries, Split, silent
 from simskip_vdb.errors import JournalError, StateInUseError, StoppedError
 from simskip_vdb.job import Refit
 from simskip_vdb.journal import Journal
 from simskip_vdb.judgments import Judgments
+from simskip_vdb.ledger import FIRST_LEVEL, Ledger
 from simskip_vdb.measuring import measure
 from simskip_vdb.night import plan_night, run_night
 from simskip_vdb.refiner import LateRule
 from simskip_vdb.rows import Rows
 from simskip_vdb.runs import Runs
+from simskip_vdb.statistics import compare
 from simskip_vdb.workspace import open_workspace
 
 NEVER = Refit(new_judgments=1.0, max_age_days=float("inf"), drift=False)
@@ -346,22 +348,103 @@ def test_the_challenger_is_compared_with_what_the_current_refiner_makes_of_all_r
     assert not found[0].detail["moved"]
 
 
-def test_new_queries_are_looked_at_first_where_they_prove_more(case: Case) -> None:
+def test_new_queries_are_looked_at_first_where_they_prove_more(case: Case, tmp_path: Path) -> None:
     champion = current(case)
     with open_workspace(ss.open_store(str(case.index)), read(case), GROWING, silent) as space:
         names = space.judged.queries[Split.TEST].ids
         fresh = set(names[: len(names) * 3 // 4])
-        looked = {name: 4 for name in names if name not in fresh}
-        space.ledger.looked = looked
-        found = measure(space, champion, Split.TEST, current=champion)
+        test = space.judged.queries[Split.TEST]
+        old = test.subset(np.array([name not in fresh for name in names]))
+        space.ledger = with_promising_looks(tmp_path / "old", old)
+        found = measure(space, champion, Split.TEST, current=champion, freshest=True)
         assert found is not None
         assert {item["query"] for item in found[0].detail["queries"]} == fresh  # type: ignore[index]
-        assert found[1].look == 1
-        space.ledger.looked = {name: 1 for name in names[5:]}  # five new ones prove nothing
-        found = measure(space, Refiner.identity(16), Split.TEST, current=champion)
+        assert found[1].look.level == FIRST_LEVEL
+        but_five = test.subset(np.arange(len(test)) > 4)
+        space.ledger = with_promising_looks(tmp_path / "most", but_five)
+        found = measure(space, Refiner.identity(16), Split.TEST, current=champion, freshest=True)
         assert found is not None
         assert len(found[0].detail["queries"]) == len(names)  # type: ignore[index]
-        assert found[1].look == 2
+        assert found[1].look.level < FIRST_LEVEL  # five new ones prove nothing by themselves
+
+
+def with_promising_looks(folder: Path, queries: JudgedQueries) -> Ledger:
+    """A ledger of looks that cost nothing, but for those at the same queries."""
+    ledger = Ledger(folder)
+    for number in range(6):
+        taken = ledger.look({"refiner": str(number)}, queries)
+        gains = 0.02 + np.random.default_rng(0).normal(0, 0.2, len(queries))
+        ledger.saw(taken, compare(np.zeros(len(queries)), gains - gains.mean() + 0.02, 0.05, 0))
+    return ledger
+
+
+def with_queries_that_lose(case: Case, count: int) -> Judgments:
+    """Judgments with fresh queries to which just what the originals' search finds is relevant."""
+    journal = Journal(state(case), ss.open_store(str(case.index)).info())
+    assert journal.manifest.current is not None
+    originals = journal.open_originals(journal.manifest.current)
+    rows = np.concatenate([block for _, block in originals.blocks()])
+    rng, known = np.random.default_rng(count), read(case)
+    vectors = rows[rng.choice(len(rows), count)] + 0.3 * rng.normal(size=(count, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    best = np.argsort(-vectors @ rows.T, axis=1)[:, :5]
+    assert known.queries is not None
+    qrels = known.queries.qrels
+    assert qrels is not None
+    names = [f"new {count} {i}" for i in range(count)]
+    more = replace(
+        qrels,
+        query_ids=[*qrels.query_ids, *np.repeat(names, 5).tolist()],
+        doc_ids=[*qrels.doc_ids, *(f"doc-{row}" for row in best.ravel())],
+        grades=np.concatenate([qrels.grades, np.ones(best.size, np.int32)]),
+    )
+    return replace(
+        known,
+        queries=replace(
+            known.queries,
+            ids=(*known.queries.ids, *names),
+            vectors=np.concatenate([known.queries.vectors, vectors]),
+            qrels=more,
+        ),
+    )
+
+
+NO_REFIT = Refit(new_judgments=float("inf"), max_age_days=float("inf"), drift=False)
+
+
+def test_queries_that_come_after_a_write_watch_it(case: Case) -> None:
+    assert run(case)["live"] is None  # a quiet night
+    found = run(case, NO_REFIT, with_queries_that_lose(case, 40))
+    live = found["live"]
+    assert live["refiner"] == current(case).id
+    assert 0 < live["queries"] < 40  # the test queries of those that came
+    assert live["gain"] < 0
+    assert ss.status(ss.open_store(str(case.index)))["live"] == live
+    again = run(case, NO_REFIT, with_queries_that_lose(case, 40))
+    assert again["live"] is None or again["live"] == live  # none of them is fresh any more
+
+
+def test_harm_that_fresh_queries_prove_is_told_until_it_is_rolled_back(case: Case) -> None:
+    looks, champion = ss.status(ss.open_store(str(case.index)))["looks"], current(case)
+    judgments = with_queries_that_lose(case, 1500)
+    for _ in range(2):
+        found = run(case, NO_REFIT, judgments)
+        assert found["live"]["harmful"]
+        assert found["live"]["p"] <= 0.05
+        assert current(case).id == champion.id  # nobody asked to roll it back
+    store = ss.open_store(str(case.index))
+    assert ss.status(store)["looks"] == looks  # watching is no look
+    found = run_night(store, judgments, GROWING, NO_REFIT, roll_back_harm=True)
+    assert (found["action"], found["outcome"]) == ("rollback", "restored")
+    assert champion.id in found["notes"][0]
+    assert ss.status(ss.open_store(str(case.index)))["refined"] is None
+    # The very same refiner is never written again, whatever earlier looks said.
+    folder = case.folder / "again"
+    champion.save(folder)
+    report = ss.refine(ss.open_store(str(case.index)), read(case), Settings(refiner=folder))
+    assert report.gate is not None
+    assert not report.gate.passed
+    assert "does harm" in report.gate.reasons[0]
 
 
 def test_a_row_that_changed_loses_the_offset_that_was_learnt_for_what_it_held(case: Case) -> None:

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from script import SIMSKIP, simskip
 
 import simskip_vdb as ss
+from simskip_vdb import night
 from simskip_vdb.jobs import read_jobs
 from simskip_vdb.journal import Journal
 from simskip_vdb.nightly import render_nightly, run_nightly
@@ -197,3 +198,35 @@ def test_sigterm_stops_between_batches_with_code_4(tmp_path: Path) -> None:
     assert child.returncode == 4
     assert "stopped" in out
     assert case.index.read_bytes() == before
+
+
+@pytest.mark.parametrize(("on_harm", "outcome"), [("alert", "quiet"), ("rollback", "restored")])
+def test_harm_has_an_exit_code_and_a_metric(
+    cases: tuple[Case, Case],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_harm: str,
+    outcome: str,
+) -> None:
+    case = make_case(tmp_path / "case")
+    metrics = tmp_path / "simskip.prom"
+    path = write(tmp_path, f'metrics = "{metrics}"', job("one", case, f'on_harm = "{on_harm}"'))
+    assert run_nightly(read_jobs(path))["exit_code"] == 0
+    rows = np.load(case.folder / "q.npy")
+    more = np.concatenate([rows, rows[:200] + 0.01]).astype(np.float16)
+    np.save(case.folder / "q.npy", more)
+    with (case.folder / "q.txt").open("a") as names, (case.folder / "qrels.tsv").open("a") as qrels:
+        for i in range(200):
+            names.write(f"new{i}\n")
+            qrels.write(f"new{i}\tdoc-{i}\t1\n")
+    monkeypatch.setattr(night, "live_gains", lambda space, asked: np.full(len(asked), -0.5))
+    path.write_text(path.read_text() + "refit = { new_judgments = 1.0, drift = false }\n")
+    result = run_nightly(read_jobs(path))
+    assert outcomes(result) == {"one": (outcome, 6)}
+    assert result["exit_code"] == 6
+    text = render_nightly(result)
+    assert "does harm" in text
+    assert ("on_harm" in text) is (on_harm == "alert")
+    assert "simskip_live_harmful" in metrics.read_text()
+    refined = ss.status(ss.open_store(str(case.index)))["refined"]
+    assert (refined is None) is (on_harm == "rollback")

@@ -266,7 +266,7 @@ def test_markdown_of_a_refinement() -> None:
 | nDCG@10 | .3164 | .4121 | +.0957 | +.0757 to +.1157 |
 | R@10 | .1550 | .2058 | +.0508 | +.0308 to +.0708 |
 
-The gate passed. Look 1 at these queries: the gain has p = 0.0001, and 0.0125 or less is needed.
+The gate passed. Look 1: the gain has p = 0.0001, and 0.0125 or less is needed.
 
 This command restores the vectors from before:
 

@@ -20,6 +20,7 @@ from simskip_vdb.datatypes import Metric, Side, Split
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError, JournalError
 from simskip_vdb.journal import Journal
+from simskip_vdb.ledger import PROMISING, WEALTH, share
 from simskip_vdb.report import Report, render
 from simskip_vdb.store import VectorStore
 
@@ -129,8 +130,10 @@ def test_queries_are_split_and_test_is_looked_at_once(refined: tuple[Case, Repor
     assert sum(report.queries.values()) == QUERIES
     assert report.queries["fit"] > report.queries["validation"] > 30
     ledger = json.loads((case.folder / "index.faiss.simskip" / "ledger.json").read_text())
-    assert [look["look"] for look in ledger["looks"]] == [1]
-    assert len(ledger["looked"]) == report.queries["test"]
+    (look,) = ledger["looks"]
+    assert look["queries"] == report.queries["test"]
+    assert look["earned"]
+    assert len(ledger["first"]) == 2 * report.queries["test"]
 
 
 def test_the_index_serves_the_refined_vectors(refined: tuple[Case, Report, str]) -> None:
@@ -190,7 +193,9 @@ def test_a_second_refinement_is_measured_against_the_first(copy: tuple[Case, Rep
     if again.split == "test":
         assert found["before"] == pytest.approx(report.measures["nDCG@10"]["after"])
         assert again.gate.look == 2
-        assert found["level"] == pytest.approx(0.025 / 6)
+        assert (
+            found["level"] == again.gate.level == pytest.approx((1 - PROMISING) * WEALTH * share(2))
+        )
     ss.rollback(open_(case))
     assert sha256_of(case.index) == before
 

@@ -30,7 +30,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 def test_all_is_the_public_surface() -> None:
     assert set(ss.__all__) == {
         "FitSettings", "JudgmentFiles", "Judgments", "Refiner", "Settings", "__version__",
-        "evaluate", "fit", "open_store", "read_judgments", "refine", "prune",
+        "evaluate", "fit", "open_store", "read_judgments", "refine", "prune", "power",
     "rollback", "status",
     }  # fmt: skip
     assert all(getattr(ss, name) is not None for name in ss.__all__)

@@ -11,11 +11,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from simskip_vdb.errors import MissingDependencyError
-from simskip_vdb.gate import Decision, Evidence, decide, look_level
+from simskip_vdb.gate import Decision, Evidence, Look, decide
+from simskip_vdb.ledger import FIRST_LEVEL, PROMISING, WEALTH, share
 from simskip_vdb.statistics import compare, compare_strata, late_row_share, worst_regressions
 
 Scores = NDArray[np.float64]
-FIRST = look_level(1)
+FIRST = FIRST_LEVEL
+
+
+def level_of(look: int) -> float:
+    return (1 - PROMISING) * WEALTH * share(look)
 
 
 def exact_p(deltas: list[float]) -> tuple[float, float]:
@@ -103,28 +108,30 @@ def test_unpaired_scores_are_an_error(shapes: tuple[int, int]) -> None:
 def test_resamples_grow_with_the_look() -> None:
     deltas = np.full(60, 0.1) + np.random.default_rng(0).normal(0, 0.01, 60)
     for look in (1, 5, 12):
-        found = compare(np.zeros(60), deltas, look_level(look), 0)
+        found = compare(np.zeros(60), deltas, level_of(look), 0)
         assert found.p is not None
-        assert found.p <= look_level(look) / 10
+        assert found.p <= level_of(look) / 10
 
 
 def test_later_looks_assume_a_loss_that_the_test_queries_miss() -> None:
     # Thirty queries gain a little. One loss of the same size leaves p at 2^-30 of a few flips,
     # so that only the interval and p of what was assumed tell the looks apart.
     deltas = np.array([0.02] * 15 + [0.04] * 14 + [0.4])
-    first, later = (compare(np.zeros(30), deltas, look_level(look), 0) for look in (1, 2))
-    assumed = compare(np.zeros(31), np.append(deltas, -0.4), look_level(1), 0)
+    first, later = (
+        compare(np.zeros(30), deltas, level_of(look), 0, one_more_loss=look > 1) for look in (1, 2)
+    )
+    assumed = compare(np.zeros(31), np.append(deltas, -0.4), level_of(1), 0)
     assert (first.queries, later.queries, first.delta) == (30, 30, later.delta)
     assert first.p is not None
-    assert first.p <= look_level(2)
+    assert first.p <= level_of(2)
     assert later.p == assumed.p
     assert later.p is not None
-    assert later.p > look_level(2)
+    assert later.p > level_of(2)
 
 
 def test_p_that_is_far_from_the_level_is_that_of_the_first_flips() -> None:
     deltas = np.random.default_rng(4).normal(0.01, 0.2, 60)
-    far = [compare(np.zeros(60), deltas, look_level(look), 0) for look in (2, 30)]
+    far = [compare(np.zeros(60), deltas, level_of(look), 0) for look in (2, 30)]
     assert far[0].p == far[1].p
     assert far[1].interval is None
 
@@ -181,8 +188,10 @@ def test_share_of_late_rows(
 
 
 def decide_at(look: int, before: Scores, after: Scores) -> Decision:
-    chosen = compare(before, after, look_level(look), look)
-    return decide(Evidence(measure="nDCG@10", look=look, chosen=chosen))
+    level = level_of(look)
+    chosen = compare(before, after, level, look, one_more_loss=look > 1)
+    taken = Look(number=look, level=level, next_level=level_of(look + 1), proven=0, seed=look)
+    return decide(Evidence(measure="nDCG@10", look=taken, chosen=chosen))
 
 
 def test_series_of_looks_rarely_pass_without_an_effect() -> None:

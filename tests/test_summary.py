@@ -163,7 +163,12 @@ def test_without_details_the_reports_regressions_are_shown() -> None:
 def test_the_gate_says_what_it_looked_at() -> None:
     assert summary.gate_lines(record("refine", "written", report=report(gate=gate(look=2)))) == [
         "The gate passed.",
-        "Look 2 at these queries: the gain has p = 0.0001, and 0.00417 or less is needed.",
+        "Look 2: the gain has p = 0.0001, and 0.0125 or less is needed.",
+    ]
+    refused = gate(passed=False, proof="not proven", next_level=0.002, next_step="judge 40 more")
+    assert summary.gate_lines(record("refine", "refused", report=report(gate=refused)))[2:] == [
+        "Another look at these queries would need 0.002 or less.",
+        "Not proven: judge 40 more.",
     ]
     assert summary.gate_lines(record("night", "quiet")) == []
     unmeasured = report(gate=gate(unmeasured=True, look=None), measures={})

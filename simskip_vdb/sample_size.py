@@ -1,0 +1,54 @@
+"""How large a gain so many test queries can prove, and how many would prove a given one."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+POWER = 0.8
+"""How often a gain should be found that is there."""
+TYPICAL_SPREAD = 0.2
+"""Standard deviation of a query's gain where none was seen; .12 to .26 on the sets of
+``docs/quality.md``."""
+
+
+def smallest_gain(
+    queries: int, level: float, spread: float, *, assumes_loss: bool, power: float = POWER
+) -> float:
+    """Return the mean gain that a look finds with a given probability.
+
+    By the normal approximation of the paired test.
+
+    Args:
+        queries: Number of test queries, above 0.
+        level: One-sided level of the look, between 0 and 1.
+        spread: Standard deviation of the queries' differences.
+        assumes_loss: Whether one more query is assumed, that loses up to 1 (`Look.assumes_loss`).
+        power: The probability.
+    """
+    gain = _standard_errors(level, power) * spread / math.sqrt(queries)
+    return gain + 1 / queries if assumes_loss else gain
+
+
+def queries_needed(
+    gain: float, level: float, spread: float, *, assumes_loss: bool, power: float = POWER
+) -> int:
+    """Return how many test queries find a mean gain with a given probability.
+
+    Args:
+        gain: Mean gain, above 0.
+        level: As in `smallest_gain`.
+        spread: As in `smallest_gain`.
+        assumes_loss: As in `smallest_gain`.
+        power: The probability.
+    """
+    errors = _standard_errors(level, power) * spread
+    if not assumes_loss:
+        return math.ceil((errors / gain) ** 2)
+    # gain n - errors sqrt(n) - 1 = 0
+    return math.ceil(((errors + math.sqrt(errors**2 + 4 * gain)) / (2 * gain)) ** 2)
+
+
+def _standard_errors(level: float, power: float) -> float:
+    normal = NormalDist()
+    return normal.inv_cdf(1 - level) + normal.inv_cdf(power)
