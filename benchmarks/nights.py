@@ -97,10 +97,10 @@ def play(world: World, nights: int, seed: list[int]) -> Series:
         if live < 0 and series.turned_harmful is None:
             series.turned_harmful = night
         if watch is not None and world.watched:
-            fresh = asked.subset(ledger.first_looks(asked) > ledger.looks)
-            if len(fresh):
-                watch = watch.seeing(drawn(deltas, live, own, fresh, rng))
-                ledger.watched(watch, fresh)
+            new = asked.subset(ledger.fresh(asked))
+            if len(new):
+                watch = watch.seeing(drawn(deltas, live, own, new, rng))
+                ledger.watched(watch, new)
             if watch.harmful:
                 series.rolled_back.append(night)
                 live, watch = 0.0, None

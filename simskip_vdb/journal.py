@@ -101,6 +101,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA = 1
 KNOWN = "known.arrow"
+LEDGER = "ledger.json"
 OURS = re.compile(
     r"(originals|written|before)(-\d+)?(-[0-9a-f]{12}\.arrow|\.tmp)|kept-[0-9a-f]{12}"
 )
@@ -649,12 +650,15 @@ class Journal:
         return next(place for place in places if not place.exists())
 
     def _set_aside(self) -> None:
-        """Make room where the state is of an index that was here before, and undoes nothing."""
+        """Make room where the state is of an index that was here before, and undoes nothing.
+
+        Its ledger stays: another encoder makes queries that were looked at no new ones.
+        """
         place = self._aside
         with disk_errors(place):
             place.mkdir(mode=0o700)
             for file in sorted(self.folder.iterdir()):
-                if file.name not in (LOCK, HOLDER):
+                if file.name not in (LOCK, HOLDER, LEDGER):
                     os.replace(file, place / file.name)
             make_durable(self.folder)
         log.warning("%s; it undoes nothing, and was set aside as %s", self.other, place)

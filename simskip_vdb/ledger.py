@@ -134,11 +134,6 @@ class Ledger:
         found = [look.spread for look in self._kept.looks if look.spread is not None]
         return found[-1] if found else None
 
-    @property
-    def watch(self) -> HarmWatch | None:
-        """What fresh queries say of the refinement that is live; None where it is not watched."""
-        return self._kept.watch
-
     def assign(self, splits: Mapping[str, str]) -> None:
         """Record the splits of queries; what is recorded already stays."""
         merged = {**splits, **self._kept.splits}
@@ -157,6 +152,18 @@ class Ledger:
             np.int64,
         )
         return found
+
+    def fresh(self, queries: JudgedQueries) -> NDArray[np.bool_]:
+        """Tell which queries nobody looked at or watched by yet, shape (m,)."""
+        known = self._kept.first
+        return np.array(
+            [not any(name in known for name in names) for names in _names(queries)], np.bool_
+        )
+
+    def watching(self, refiner: str) -> HarmWatch | None:
+        """Return what fresh queries say of a refiner, by its id, that is live; None for nothing."""
+        watch = self._kept.watch
+        return watch if watch is not None and watch.refiner == refiner else None
 
     def _level(self, first: int, number: int) -> float:
         """Return the level of a look by its number, and that of the first look at its queries."""

@@ -143,7 +143,8 @@ def _quiet(
     attempt, ledger = Attempt.load(folder), Ledger(folder)
     if attempt is None or _by_evidence(attempt, judgments, refit):
         return None
-    if ledger.may_watch(judged_digests(judgments)) or (ledger.watch and ledger.watch.harmful):
+    watch = ledger.watching(manifest.current.refiner)
+    if ledger.may_watch(judged_digests(judgments)) or (watch is not None and watch.harmful):
         return None
     journal.check_marker(store)
     with journal:
@@ -193,11 +194,9 @@ def _watch_live(space: Workspace) -> HarmWatch | None:
     current, ledger = _current(space), space.ledger
     if current is None:
         return None
-    watch = ledger.watch
-    if watch is None or watch.refiner != current.id:
-        watch = HarmWatch(refiner=current.id)
+    watch = ledger.watching(current.id) or HarmWatch(refiner=current.id)
     test = space.judged.queries[Split.TEST]
-    fresh = test.subset(ledger.first_looks(test) > ledger.looks)
+    fresh = test.subset(ledger.fresh(test))
     asked = fresh.subset(~known_to(current, fresh))
     gains = live_gains(space, asked) if len(asked) else np.empty(0)
     if len(gains) and np.abs(gains).max() <= 1:  # NumRet, for one, knows no such bound

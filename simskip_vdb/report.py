@@ -142,7 +142,7 @@ def render_status(status: Mapping[str, Any]) -> str:
         lines.append(f"refined by {current['refiner']} on {when}, side {current['side']}")
         lines.append(f"  {_gain(current)}")
         if status["live"]:
-            lines.append(f"  {_live(status['live'])}")
+            lines.append(f"  {watch_line(status['live'])}")
         if status["changed_since"]:
             lines.append("  it was changed since; changed and added rows are not ours")
         if not status["copy_of"]:
@@ -153,7 +153,8 @@ def render_status(status: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _live(live: Mapping[str, Any]) -> str:
+def watch_line(live: Mapping[str, Any]) -> str:
+    """Say what fresh queries found of what is live, from `HarmWatch.to_dict`."""
     if not live["queries"]:
         return "no fresh query was seen since"
     verdict = "proven harmful" if live["harmful"] else "no harm is proven"

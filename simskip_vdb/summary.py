@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from simskip_vdb.gate import FAIR_LATE_ROWS, MIN_QUERIES, TOLERANCE
-from simskip_vdb.report import LATE_RULES, change, compared, interval, number, signed
+from simskip_vdb.report import (
+    LATE_RULES,
+    change,
+    compared,
+    interval,
+    number,
+    signed,
+    watch_line,
+)
 from simskip_vdb.telling import (
     RESTORED,
     ROLLBACK,
@@ -344,7 +352,8 @@ def trouble(run: Run) -> list[str]:
 def notes(run: Run) -> list[str]:
     """Return what else a person should know of a run that got to its end."""
     own = () if run["outcome"] in UNFINISHED else run.get("notes") or ()
-    return [*own, *(report_of(run).get("notes") or ())]
+    watched = [] if run.get("live") is None else [watch_line(run["live"])]
+    return [*own, *watched, *(report_of(run).get("notes") or ())]
 
 
 def foot(run: Run) -> Facts:

@@ -94,6 +94,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
     journal = Journal(folder, info)
     current, pending = journal.manifest.current, journal.manifest.pending
     ledger = Ledger(folder)
+    watch = None if current is None else ledger.watching(current.refiner)
     refined = None
     if current is not None:
         refined = {"refiner": current.refiner, "time": current.time, **current.summary}
@@ -112,7 +113,7 @@ def status(store: VectorStore, *, state: Path | None = None) -> dict[str, Any]:
         "partitions_written": 0 if pending is None else len(pending.partitions),
         "changed_since": current is not None and not holds(store, journal, current),
         "looks": ledger.looks,
-        "live": None if refined is None or ledger.watch is None else ledger.watch.to_dict(),
+        "live": None if watch is None else watch.to_dict(),
         "history": [dict(entry) for entry in journal.manifest.history],
         "undo": undo_command(info.uri) if refined and not journal.manifest.copy_of else None,
     }

@@ -17,6 +17,7 @@ from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError, JournalError, StoreChangedError
 from simskip_vdb.inspection import inspect
 from simskip_vdb.journal import Journal, Write
+from simskip_vdb.ledger import Ledger
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import RolledBack, Written, recover, rollback, snapshot, write
 from simskip_vdb.store import Check, VectorStore
@@ -308,6 +309,7 @@ def test_a_state_that_undoes_nothing_gives_way_to_an_index_built_anew(
 ) -> None:
     desk.refine(random_refiner(D, desk.ids))
     desk.rollback()
+    Ledger(desk.state).assign({"q": "test"})
     rows = rng.normal(size=(N, D + 1)).astype(np.float32)
     anew = Desk(flat(desk.path, rows), np.arange(N), rows)
     assert status(FaissStore(desk.path))["refined"] is None
@@ -316,6 +318,7 @@ def test_a_state_that_undoes_nothing_gives_way_to_an_index_built_anew(
     assert near(anew.read(), anew.refined(refiner))
     aside = desk.state.with_name(f"{desk.state.name}.of-another-index-0")
     assert (aside / "manifest.json").is_file()
+    assert Ledger(desk.state).splits == {"q": "test"}  # its test queries are no new ones
     assert anew.rollback().exact
 
 

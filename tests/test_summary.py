@@ -210,6 +210,11 @@ def test_late_rows_that_had_no_share_before() -> None:
 def test_notes_of_a_run_and_of_its_report() -> None:
     done = record("night", "written", report=report(notes=["of the report"]), notes=["of the run"])
     assert summary.notes(done) == ["of the run", "of the report"]
+    live = {"refiner": "ab", "queries": 120, "gain": -0.04, "p": 0.03, "harmful": True}
+    assert summary.notes({**done, "live": live})[1] == (
+        "since then 120 fresh queries gained -0.0400 each over the originals: "
+        "proven harmful (p 0.03)"
+    )
     assert summary.trouble(done) == []
     stopped = record("night", "stopped", notes=["a signal"])
     assert (summary.notes(stopped), summary.trouble(stopped)) == ([], ["a signal"])
