@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = machine.RESULTS / "gate.json"
 DOCS = HERE.parent / "docs" / "gate.md"
 MONTH, YEAR = 30, 365
-MANY, SOME = 300, 60
+MANY, SOME = 150, 30
 """Indexes that are looked after for a month, and for a year."""
 GAIN, SIZE = 0.02, 300
 GAINS, SIZES = (0.01, 0.02, 0.05), (50, 200, 1000)
@@ -266,7 +266,7 @@ def scenarios(store: Path) -> Iterator[Scenario]:
     noise = tuple(one for refiners in read(store).values() for one in recentred(refiners))
     improving = tuple(deltas for deltas in gains().values() if tilts(deltas, 0.1))
     for truth, pool in (("worthless", real), ("worthless, most left-skewed", skewed)):
-        yield from _asked(truth, MONTH, MANY, 60, pool=pool)
+        yield from _asked(truth, MONTH, 2 * MANY, 60, pool=pool)
         yield from _asked(truth, MONTH, MANY, SIZE, pool=pool)
         yield from _asked(truth, YEAR, SOME, SIZE, pool=pool)
     fitted = "worthless, fitted on permuted judgments or noise"

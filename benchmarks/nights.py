@@ -109,8 +109,8 @@ def play(world: World, nights: int, seed: list[int]) -> Series:
         part = freshest_part(ledger, asked)
         look = ledger.look({"refiner": str(night), "against": str(series.useful)}, part)
         found = drawn(deltas, gain - live + error, own, part, rng)
-        loss = look.assumes_loss(len(part))
-        p, p_harm, interval = prove(found, look.level, look.seed, one_more_loss=loss)
+        loss = look.assumed_loss(len(part))
+        p, p_harm, interval = prove(found, look.level, look.seed, assumed_loss=loss)
         mean, spread = float(found.mean()), float(found.std(ddof=1))
         chosen = Comparison(
             queries=len(found),
@@ -128,7 +128,7 @@ def play(world: World, nights: int, seed: list[int]) -> Series:
             p_harm=p_harm,
         )
         ledger.saw(look, chosen)
-        least = smallest_gain(len(part), look.level, spread, assumes_loss=loss)
+        least = smallest_gain(len(part), look.level, spread, assumed_loss=loss)
         if series.starved is None and least > STARVED:
             series.starved = night
         if decide(Evidence(measure="nDCG@10", look=look, chosen=chosen)).passed:

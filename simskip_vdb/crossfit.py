@@ -154,12 +154,12 @@ def compare_spread(
     level: float | None,
     seed: int,
     *,
-    one_more_loss: bool = False,
+    assumed_loss: float = 0.0,
 ) -> Comparison:
     """Compare as `compare` does, with differences `SPREAD` times as far from their mean."""
     plain = compare(before, after, None, seed)
     spread = plain.delta + SPREAD * (after - before - plain.delta)
-    found = compare(before, before + spread, level, seed, one_more_loss=one_more_loss)
+    found = compare(before, before + spread, level, seed, assumed_loss=assumed_loss)
     return replace(found, after=plain.after, wins=plain.wins, ties=plain.ties, losses=plain.losses)
 
 

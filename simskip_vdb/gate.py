@@ -9,7 +9,7 @@ from typing import Any
 
 from simskip_vdb.sample_size import POWER, queries_needed
 
-SMALL = 50
+SMALL = 100
 """Fewest test queries of a first look that is taken at its word."""
 MIN_QUERIES = 30
 """Fewest test queries that can prove a gain, and fewest of a stratum whose mean is judged."""
@@ -46,9 +46,11 @@ class Look:
     proven: int
     seed: int
 
-    def assumes_loss(self, queries: int) -> bool:
-        """Tell whether a look at so many queries assumes one more that loses (`prove`)."""
-        return self.number > 1 or queries < SMALL
+    def assumed_loss(self, queries: int) -> float:
+        """Return what a look at so many queries assumes that one more loses (`prove`)."""
+        if self.number > 1:
+            return 1.0
+        return 0.25 if queries < SMALL else 0.0
 
 
 class Proof(str, Enum):
@@ -281,7 +283,7 @@ def _next_step(evidence: Evidence, proof: Proof) -> str | None:
         return "do not write it; fit with more judged queries, or by --side queries"
     if chosen.delta <= 0 or not chosen.spread:
         return "no gain was seen, and more test queries will not make one; give more to fit on"
-    needed = queries_needed(chosen.delta, look.next_level, chosen.spread, assumes_loss=True)
+    needed = queries_needed(chosen.delta, look.next_level, chosen.spread, assumed_loss=1.0)
     if needed <= chosen.queries:
         return (
             "another look at these queries may prove it; queries that nobody looked at yet would "

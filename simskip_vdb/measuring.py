@@ -105,7 +105,7 @@ class Compare(Protocol):
         level: float | None,
         seed: int,
         *,
-        one_more_loss: bool = False,
+        assumed_loss: float = 0.0,
     ) -> Comparison:
         """See `statistics.compare`."""
 
@@ -273,8 +273,8 @@ def freshest_part(ledger: Ledger, judged: JudgedQueries) -> JudgedQueries:
 
     def provable(since: int) -> float:
         look, queries = ledger.next_look(since), int((first >= since).sum())
-        loss = look.assumes_loss(queries)
-        return smallest_gain(queries, look.level, spread, assumes_loss=loss)
+        loss = look.assumed_loss(queries)
+        return smallest_gain(queries, look.level, spread, assumed_loss=loss)
 
     whole = int(first.min(initial=ledger.looks + 1))
     ends = [int(n) for n in np.unique(first) if (first >= n).sum() >= MIN_QUERIES]
@@ -326,7 +326,7 @@ def weigh(
             scored.after[name],
             level,
             look.seed,
-            one_more_loss=look.assumes_loss(len(was)),
+            assumed_loss=look.assumed_loss(len(was)),
         )
         for name, level in levels.items()
     }

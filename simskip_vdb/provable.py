@@ -56,13 +56,13 @@ def power(
         judged = queries if crossed else freshest_part(ledger, queries)
         spread = ledger.spread or TYPICAL_SPREAD * (SPREAD if crossed else 1)
         look = ledger.next_look(int(ledger.first_looks(judged).min(initial=ledger.looks + 1)))
-        loss = look.assumes_loss(len(judged))
+        loss = look.assumed_loss(len(judged))
 
         def provable(chance: float) -> float:
-            return smallest_gain(len(judged), look.level, spread, assumes_loss=loss, power=chance)
+            return smallest_gain(len(judged), look.level, spread, assumed_loss=loss, power=chance)
 
         def needed(gain: float) -> int:
-            found = queries_needed(gain, look.level, spread, assumes_loss=loss)
+            found = queries_needed(gain, look.level, spread, assumed_loss=loss)
             return max(MIN_QUERIES, found)
 
         enough = len(judged) >= MIN_QUERIES

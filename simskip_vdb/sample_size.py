@@ -13,7 +13,7 @@ TYPICAL_SPREAD = 0.2
 
 
 def smallest_gain(
-    queries: int, level: float, spread: float, *, assumes_loss: bool, power: float = POWER
+    queries: int, level: float, spread: float, *, assumed_loss: float, power: float = POWER
 ) -> float:
     """Return the mean gain that a look finds with a given probability.
 
@@ -23,15 +23,15 @@ def smallest_gain(
         queries: Number of test queries, above 0.
         level: One-sided level of the look, between 0 and 1.
         spread: Standard deviation of the queries' differences.
-        assumes_loss: Whether one more query is assumed, that loses up to 1 (`Look.assumes_loss`).
+        assumed_loss: What one more query is assumed to lose at most (`Look.assumed_loss`).
         power: The probability.
     """
     gain = _standard_errors(level, power) * spread / math.sqrt(queries)
-    return gain + 1 / queries if assumes_loss else gain
+    return gain + assumed_loss / queries
 
 
 def queries_needed(
-    gain: float, level: float, spread: float, *, assumes_loss: bool, power: float = POWER
+    gain: float, level: float, spread: float, *, assumed_loss: float, power: float = POWER
 ) -> int:
     """Return how many test queries find a mean gain with a given probability.
 
@@ -39,14 +39,13 @@ def queries_needed(
         gain: Mean gain, above 0.
         level: As in `smallest_gain`.
         spread: As in `smallest_gain`.
-        assumes_loss: As in `smallest_gain`.
+        assumed_loss: As in `smallest_gain`.
         power: The probability.
     """
     errors = _standard_errors(level, power) * spread
-    if not assumes_loss:
-        return math.ceil((errors / gain) ** 2)
-    # gain n - errors sqrt(n) - 1 = 0
-    return math.ceil(((errors + math.sqrt(errors**2 + 4 * gain)) / (2 * gain)) ** 2)
+    # gain n - errors sqrt(n) - assumed_loss = 0
+    root = (errors + math.sqrt(errors**2 + 4 * gain * assumed_loss)) / (2 * gain)
+    return math.ceil(root**2)
 
 
 def _standard_errors(level: float, power: float) -> float:

@@ -56,7 +56,7 @@ def compare(
     level: float | None,
     seed: int,
     *,
-    one_more_loss: bool = False,
+    assumed_loss: float = 0.0,
 ) -> Comparison:
     """Compare one measure before and after on the same queries.
 
@@ -65,14 +65,14 @@ def compare(
 
     Both err where most queries gain a little and few lose much, as those few may be missing from
     the test queries; the stricter the level, and the fewer they are, the more. So one more query
-    may be assumed, which loses as much as any query moved, and p and `interval` are with it.
+    may be assumed that loses, and p and `interval` are with it.
 
     Args:
         before: Shape (m,), at least one query.
         after: Shape (m,).
         level: One-sided level of the look; None describes without testing.
         seed: Draws the resamples.
-        one_more_loss: Assume that query (`Look.assumes_loss`).
+        assumed_loss: What that query loses, as a share of the largest move (`Look.assumed_loss`).
 
     Raises:
         ValueError: The shapes differ, or there is no query.
@@ -84,7 +84,7 @@ def compare(
     ci95 = _bootstrap(deltas, 0.025, seed)
     p, p_harm, interval = None, None, None
     if level is not None:
-        p, p_harm, interval = prove(deltas, level, seed, one_more_loss=one_more_loss)
+        p, p_harm, interval = prove(deltas, level, seed, assumed_loss=assumed_loss)
     return Comparison(
         queries=len(deltas),
         before=float(before.mean()),
@@ -103,7 +103,7 @@ def compare(
 
 
 def prove(
-    deltas: Scores, level: float, seed: int, *, one_more_loss: bool = False
+    deltas: Scores, level: float, seed: int, *, assumed_loss: float = 0.0
 ) -> tuple[float, float, Interval | None]:
     """Return one-sided p of a gain and of a loss, and the interval of the gain where p proves one.
 
@@ -111,9 +111,9 @@ def prove(
         deltas: After minus before, shape (m,), at least one query.
         level: One-sided level.
         seed: Draws the resamples.
-        one_more_loss: As in `compare`.
+        assumed_loss: As in `compare`.
     """
-    tested = _with_missing_loss(deltas) if one_more_loss else deltas
+    tested = np.append(deltas, -assumed_loss * np.abs(deltas).max()) if assumed_loss else deltas
     p, p_harm = _sign_flips(tested, level, seed)
     # So strict a level needs many resamples, and matters only where p reaches it.
     return p, p_harm, _bootstrap(tested, level, seed) if p <= level else None
@@ -174,10 +174,6 @@ def late_row_share(
     else:
         ratio = 1.0 if shares[1] == 0 else None
     return LateRows(before=shares[0], after=shares[1], ratio=ratio)
-
-
-def _with_missing_loss(deltas: Scores) -> Scores:
-    return np.append(deltas, -np.abs(deltas).max())
 
 
 def _rounded(deltas: Scores) -> Scores:

@@ -118,7 +118,8 @@ def test_later_looks_assume_a_loss_that_the_test_queries_miss() -> None:
     # so that only the interval and p of what was assumed tell the looks apart.
     deltas = np.array([0.02] * 15 + [0.04] * 14 + [0.4])
     first, later = (
-        compare(np.zeros(30), deltas, level_of(look), 0, one_more_loss=look > 1) for look in (1, 2)
+        compare(np.zeros(30), deltas, level_of(look), 0, assumed_loss=float(look > 1))
+        for look in (1, 2)
     )
     assumed = compare(np.zeros(31), np.append(deltas, -0.4), level_of(1), 0)
     assert (first.queries, later.queries, first.delta) == (30, 30, later.delta)
@@ -189,7 +190,7 @@ def test_share_of_late_rows(
 
 def decide_at(look: int, before: Scores, after: Scores) -> Decision:
     level = level_of(look)
-    chosen = compare(before, after, level, look, one_more_loss=look > 1)
+    chosen = compare(before, after, level, look, assumed_loss=float(look > 1))
     taken = Look(number=look, level=level, next_level=level_of(look + 1), proven=0, seed=look)
     return decide(Evidence(measure="nDCG@10", look=taken, chosen=chosen))
 
