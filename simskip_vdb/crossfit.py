@@ -143,7 +143,7 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
         was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
         scored = Scored(judged=judged, seen=seen, before=was, after=now)
         measured, evidence = weigh(space, crossed.refiner, scored, look, compare_spread)
-    space.ledger.saw(look, evidence.chosen)
+    evidence = replace(evidence, chosen=space.ledger.saw(look, evidence.chosen))
     shown = detail(space, scored, before, after)
     return replace(measured, split=CROSS_FITTED, detail=shown), evidence
 

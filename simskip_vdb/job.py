@@ -138,6 +138,11 @@ def conflicts(job: Job) -> Iterator[str]:
             "there is nothing to prove a gain with; give queries and qrels, judgments (a folder), "
             "labels or group_field"
         )
+    if job.on_harm == ROLL_BACK and job.clicks is not None:
+        yield (
+            "on_harm = 'rollback' needs judgments that do not depend on what was shown, and clicks "
+            "in judgments favour what was live when they were made; leave out one of them"
+        )
     if job.originals_ids is not None and not (job.originals or "").endswith(".npy"):
         yield "originals_ids belongs to originals = 'FILE.npy'"
     if job.index:

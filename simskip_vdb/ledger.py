@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,9 @@ class _Entry:
             from then on is spent on them.
         level: At which level.
         time: Seconds since 1970.
-        promising: Whether its p was at most `PROMISING`; false where it never got so far.
+        p: One-sided p of a gain; the largest, where it was taken again; None where it never got
+            so far.
+        promising: Whether that is at most `PROMISING`.
         earned: Whether its proven gain earned wealth.
         spread: Standard deviation of the queries' differences; None where it never got so far.
     """
@@ -69,6 +71,7 @@ class _Entry:
     first: int
     level: float
     time: float
+    p: float | None = None
     promising: bool = False
     earned: bool = False
     spread: float | None = None
@@ -172,10 +175,11 @@ class Ledger:
         # The first wealth was earned, so to speak, by a look before all others.
         wealths, earned = [WEALTH, ALPHA - WEALTH], [0, *self._earned(first)]
         wealths += [ALPHA] * (len(earned) - 2)
-        return (1 - PROMISING) * sum(
+        level = (1 - PROMISING) * sum(
             wealth * share(number - since - sum(look > since for look in promising))
             for wealth, since in zip(wealths, earned, strict=False)
         )
+        return min(ALPHA, level)
 
     def look(self, key: Mapping[str, str], queries: JudgedQueries) -> Look:
         """Count a look at these test queries before it happens, and return its level.
@@ -223,42 +227,53 @@ class Ledger:
             seed=0,
         )
 
-    def saw(self, look: Look, found: Comparison) -> None:
-        """Note what a look found: whether it was promising, and how much the queries differed."""
+    def saw(self, look: Look, found: Comparison) -> Comparison:
+        """Note what a look found, and return it with the largest p that the same look ever had."""
         entry = self._kept.looks[look.number - 1]
-        entry.spread = found.spread
-        entry.promising = found.p is not None and found.p <= PROMISING
+        p = 1.0 if found.p is None else found.p
+        entry.p = p if entry.p is None else max(p, entry.p)
+        entry.promising, entry.spread = entry.p <= PROMISING, found.spread
         self._save()
+        return found if found.p is None else replace(found, p=entry.p)
 
     def earn(self, look: Look) -> None:
         """Note that the gain which a look of this run proved was written: it earns wealth."""
         kept, names = self._kept, self._asked[look.number]
-        if not set(kept.spent).intersection(names):
-            kept.looks[look.number - 1].earned = True
-            kept.spent.extend(names)
-            self._save()
+        kept.looks[look.number - 1].earned |= not set(kept.spent).intersection(names)
+        kept.spent = sorted({*kept.spent, *names})
+        self._save()
 
-    def watched(self, watch: HarmWatch, queries: JudgedQueries) -> None:
+    def watched(
+        self, watch: HarmWatch, queries: JudgedQueries, useless: Iterable[str] = ()
+    ) -> None:
         """Note what fresh queries said of the live refinement; they are fresh no more.
 
         A refiner that they prove harmful is not written again, and what it earned is taken back.
+
+        Args:
+            watch: What is known now.
+            queries: The fresh queries.
+            useless: Ids of others that nothing could be measured with.
         """
         kept = self._kept
         kept.watch = watch
         self._mark(queries, self.looks + 1)
+        for name in useless:
+            kept.first.setdefault(f"id:{name}", self.looks + 1)
         if watch.harmful and watch.refiner not in kept.harmful:
             kept.harmful.append(watch.refiner)
             for entry in kept.looks:
                 entry.earned &= entry.key.get("refiner") != watch.refiner
         self._save()
 
-    def may_watch(self, query_ids: Iterable[str]) -> bool:
-        """Tell whether one of these queries may be a test query that nobody looked at."""
-        splits, first = self._kept.splits, self._kept.first
-        return any(
-            f"id:{name}" not in first and splits.get(name, Split.TEST.value) == Split.TEST.value
+    def unwatched(self, query_ids: Iterable[str]) -> list[str]:
+        """Return those of these queries that may be test queries which nobody looked at yet."""
+        splits, first, test = self._kept.splits, self._kept.first, Split.TEST.value
+        return [
+            name
             for name in query_ids
-        )
+            if f"id:{name}" not in first and splits.get(name, test) == test
+        ]
 
     def is_harmful(self, refiner: str) -> bool:
         """Tell whether fresh queries proved that a refiner, named by its id, does harm."""
@@ -269,8 +284,11 @@ class Ledger:
         return [i for i, entry in enumerate(self._kept.looks[: first - 1], 1) if entry.earned]
 
     def _mark(self, queries: JudgedQueries, number: int) -> None:
-        for name in _flat(queries):
-            self._kept.first.setdefault(name, number)
+        """Note by which look queries were first looked at, under each of their names."""
+        first = self._kept.first
+        for names in _names(queries):
+            earliest = min(first.get(name, number) for name in names)
+            first.update(dict.fromkeys(names, earliest))
 
     def _save(self) -> None:
         data = {"schema": SCHEMA, **asdict(self._kept)}
@@ -339,6 +357,7 @@ def _check(contents: _Contents) -> None:
     numbers: Iterable[Any] = (
         *contents.first.values(),
         *(number for look in contents.looks for number in (look.first, look.level, look.queries)),
+        *(look.p for look in contents.looks if look.p is not None),
     )
     for number in numbers:
         if not isinstance(number, (int, float)):

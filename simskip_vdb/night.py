@@ -31,6 +31,7 @@ from simskip_vdb.pipeline import (
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.report import Report
 from simskip_vdb.reporting import build_report, changes
+from simskip_vdb.rows import row_digests
 from simskip_vdb.runs import Runs, record
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import VectorStore
@@ -63,6 +64,7 @@ def run_night(
     settings: Settings,
     refit: Refit,
     *,
+    watches: bool = True,
     roll_back_harm: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -73,6 +75,8 @@ def run_night(
         judgments: All that is known now.
         settings: What to do; an index that is looked after grows, so `growing` belongs there.
         refit: When to fit again.
+        watches: Let fresh queries watch what is live; not where their judgments depend on what was
+            shown, as clicks do: they favour what was live when they were made.
         roll_back_harm: Roll back a refinement that fresh queries prove harmful; else only say so.
         progress: Called with (stage, done, total); what it raises ends the night.
 
@@ -86,12 +90,12 @@ def run_night(
         StoppedError: From `progress`; the same command resumes.
         SimskipError: See `errors`; the index is as it was, or the same command resumes.
     """
-    quiet = _quiet(store, judgments, settings, refit)
+    quiet = _quiet(store, judgments, settings, refit, watches=watches)
     if quiet is not None:
         return quiet
     with open_workspace(store, judgments, settings, progress) as space:
         pending = interrupted(space)
-        live = None if pending is not None else _watch_live(space)
+        live = _watch_live(space, judgments) if watches and pending is None else None
         harmful = live if live is not None and live.harmful and roll_back_harm else None
         if pending is None and harmful is None:
             found = _night(space, judgments, refit, progress)
@@ -103,7 +107,13 @@ def run_night(
     if harmful is not None:
         return _roll_back(store, settings, harmful, progress)
     return run_night(
-        store, judgments, settings, refit, roll_back_harm=roll_back_harm, progress=progress
+        store,
+        judgments,
+        settings,
+        refit,
+        watches=watches,
+        roll_back_harm=roll_back_harm,
+        progress=progress,
     )
 
 
@@ -131,7 +141,7 @@ def plan_night(
 
 
 def _quiet(
-    store: VectorStore, judgments: Judgments, settings: Settings, refit: Refit
+    store: VectorStore, judgments: Judgments, settings: Settings, refit: Refit, *, watches: bool
 ) -> dict[str, Any] | None:
     """Return the record of a night with nothing to do; it reads the index once at most."""
     start = time.perf_counter()
@@ -143,8 +153,10 @@ def _quiet(
     attempt, ledger = Attempt.load(folder), Ledger(folder)
     if attempt is None or _by_evidence(attempt, judgments, refit):
         return None
-    watch = ledger.watching(manifest.current.refiner)
-    if ledger.may_watch(judged_digests(judgments)) or (watch is not None and watch.harmful):
+    watch = ledger.watching(manifest.current.refiner) if watches else None
+    if watch is not None and watch.harmful:
+        return None
+    if watches and ledger.unwatched(judged_digests(judgments)):
         return None
     journal.check_marker(store)
     with journal:
@@ -182,14 +194,17 @@ def _roll_back(
         "written again"
     )
     parts = {"live": harmful.to_dict(), "notes": [why]}
-    rollback(store, state=settings.state, progress=progress, parts=parts)
-    return Runs(state_folder(store, settings.state)).read()[-1]
+    done = rollback(store, state=settings.state, progress=progress, parts=parts)
+    counted = {"total": done["restored"] + done["kept"], "new": 0, "changed": 0, "deleted": 0}
+    rows = {**counted, "written": done["restored"]}
+    return record("rollback", "restored", store.info().uri, rows=rows, **parts)
 
 
-def _watch_live(space: Workspace) -> HarmWatch | None:
+def _watch_live(space: Workspace, judgments: Judgments) -> HarmWatch | None:
     """Let test queries that nobody looked at yet tell whether what is live does harm.
 
-    Those that its refiner learnt from are left out, and count as looked at.
+    Those that its refiner learnt from are left out, and count as looked at. They come in an order
+    drawn by their vectors, as files are often sorted by what decides how a query fares.
     """
     current, ledger = _current(space), space.ledger
     if current is None:
@@ -198,11 +213,12 @@ def _watch_live(space: Workspace) -> HarmWatch | None:
     test = space.judged.queries[Split.TEST]
     fresh = test.subset(ledger.fresh(test))
     asked = fresh.subset(~known_to(current, fresh))
-    gains = live_gains(space, asked) if len(asked) else np.empty(0)
-    if len(gains) and np.abs(gains).max() <= 1:  # NumRet, for one, knows no such bound
-        watch = watch.seeing(gains)
-    if len(fresh):
-        ledger.watched(watch, fresh)
+    if len(asked) and not space.measure.startswith("Num"):  # counts know no bound
+        order = np.argsort(row_digests(asked.vectors), kind="stable")
+        watch = watch.seeing(live_gains(space, asked)[order])
+    useless = ledger.unwatched(judged_digests(judgments).keys() - set(fresh.ids))
+    if len(fresh) or useless:
+        ledger.watched(watch, fresh, useless)
     return watch
 
 

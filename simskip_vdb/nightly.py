@@ -120,6 +120,7 @@ def _run(job: Job, jobs: Jobs, dry_run: bool, stop: Event, progress: Progress) -
             judgments,
             settings,
             job.refit,
+            watches=job.clicks is None,
             roll_back_harm=job.on_harm == ROLL_BACK,
             progress=pace,
         )
@@ -200,7 +201,7 @@ def _harm(found: Mapping[str, Any]) -> list[str]:
     if found["action"] == ROLLBACK:
         return list(found["notes"])
     if (found["refit"] or {}).get("result") == "champion":
-        return []  # another refiner is live now
+        return [f"refiner {live['refiner']} did harm, and another one took over"]
     return [
         f"refiner {live['refiner']} does harm: {live['queries']:,} fresh queries lose "
         f"{-live['gain']:.4f} each (p {live['p']:.2g}); undo it: {undo_command(found['index'])}, "

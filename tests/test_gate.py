@@ -61,7 +61,7 @@ def refused_for(decision: Decision, *words: str) -> None:
 
 def test_good_evidence_passes_without_reasons() -> None:
     assert decide(evidence()) == Decision(
-        passed=True, look=1, proof=Proof.PROVEN, level=FIRST, next_level=FIRST / 4
+        passed=True, look=1, proof=Proof.PROVEN, level=FIRST, next_level=FIRST / 4, proven_before=0
     )
 
 
@@ -223,5 +223,6 @@ def test_results_are_plain_json() -> None:
         "proof": "proven",
         "level": FIRST,
         "next_level": FIRST / 4,
+        "proven_before": 0,
         "next_step": None,
     }

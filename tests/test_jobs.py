@@ -81,7 +81,7 @@ device = "cpu"
 state = "state/products"
 window = "22:00-05:30"
 rows_per_second = 500
-on_harm = "rollback"
+on_harm = "alert"
 refit = { new_judgments = 1, max_age_days = inf, drift = false }
 retention.runs = 7
 retention.refiners = 0
@@ -113,7 +113,7 @@ retention.refiners = 0
             state=base / "state/products",
             window=Window(start=22 * 60, end=5 * 60 + 30),
             rows_per_second=500,
-            on_harm="rollback",
+            on_harm="alert",
             refit=Refit(new_judgments=1, max_age_days=math.inf, drift=False),
             retention=Retention(runs=7, refiners=0),
         ),
@@ -514,3 +514,8 @@ def test_jobs_cannot_be_changed_by_accident(desk: Desk) -> None:
     assert replace(job, seed=1) != job
     with pytest.raises(AttributeError):
         job.seed = 1  # type: ignore[misc]
+
+
+def test_clicks_roll_nothing_back(desk: Desk) -> None:
+    with pytest.raises(ConfigError, match="favour what was live"):
+        desk.job(GOOD + '\non_harm = "rollback"')

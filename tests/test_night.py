@@ -13,7 +13,7 @@ from typing import Any
 import faiss
 import numpy as np
 import pytest
-from builders import change
+from builders import change, random_refiner
 from engines import DIM, ROWS, VECTOR, Client, Edge, Engine
 from judged import Case, make_case
 
@@ -360,9 +360,10 @@ def test_new_queries_are_looked_at_first_where_they_prove_more(case: Case, tmp_p
         assert found is not None
         assert {item["query"] for item in found[0].detail["queries"]} == fresh  # type: ignore[index]
         assert found[1].look.level == FIRST_LEVEL
+        other = random_refiner(16, space.rows.ids)
         but_five = test.subset(np.arange(len(test)) > 4)
         space.ledger = with_promising_looks(tmp_path / "most", but_five)
-        found = measure(space, Refiner.identity(16), Split.TEST, current=champion, freshest=True)
+        found = measure(space, other, Split.TEST, current=champion, freshest=True)
         assert found is not None
         assert len(found[0].detail["queries"]) == len(names)  # type: ignore[index]
         assert found[1].look.level < FIRST_LEVEL  # five new ones prove nothing by themselves

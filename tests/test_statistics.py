@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from math import comb
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 from simskip_vdb.errors import MissingDependencyError
 from simskip_vdb.gate import Decision, Evidence, Look, decide
 from simskip_vdb.ledger import FIRST_LEVEL, PROMISING, WEALTH, share
-from simskip_vdb.statistics import compare, compare_strata, late_row_share, worst_regressions
+from simskip_vdb.statistics import (
+    _bound_of_flips,
+    compare,
+    compare_strata,
+    late_row_share,
+    prove,
+    worst_regressions,
+)
 
 Scores = NDArray[np.float64]
 FIRST = FIRST_LEVEL
@@ -219,3 +227,25 @@ def test_a_gain_of_three_points_over_200_queries_is_mostly_found() -> None:
         gain = np.where(rng.random(200) < 0.5, rng.normal(0.06, 0.15, 200), 0.0)
         passed += decide_at(1, before, np.clip(before + gain, -1, 2)).passed
     assert passed >= 36
+
+
+def test_the_bound_of_small_p_holds_with_ties_and_is_near() -> None:
+    for positive in range(11, 17):
+        moved = np.array([0.5] * positive + [-0.5] * (16 - positive))
+        exact = sum(comb(16, k) for k in range(positive, 17)) / 2**16
+        assert exact * (1 - 1e-9) <= _bound_of_flips(moved) <= 4 * exact
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        moved = rng.normal(0.3, 0.4, 14)
+        signs = np.array(list(itertools.product((-1, 1), repeat=14)))
+        exact = float(np.mean(signs @ np.abs(moved) >= moved.sum() - 1e-12))
+        assert exact * (1 - 1e-9) <= _bound_of_flips(moved)
+    assert _bound_of_flips(np.array([-1.0, 0.5])) == 1.0
+    assert 0 < _bound_of_flips(np.full(40, 0.1)) <= 1e-11
+
+
+def test_an_assumed_loss_is_no_evidence_of_harm() -> None:
+    moved = np.array([-0.2] * 6 + [0.0] * 60)
+    plain, assumed = (prove(moved, 0.0117, 0, assumed_loss=loss) for loss in (0.0, 1.0))
+    assert assumed[1] == plain[1]
+    assert assumed[0] >= plain[0]
