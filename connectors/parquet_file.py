@@ -1,20 +1,24 @@
-"""Vectors in one Parquet file: a column of ids and a column of lists of float32."""
+"""Vectors in one Parquet file: lists, or one column a dimension, with ids or positions."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 
 from simskip_vdb.connectors.addresses import address_of, parse_address
 from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
-from simskip_vdb.connectors.parquet_columns import Columns, read_columns, rewrite
+from simskip_vdb.connectors.digits import Digits
+from simskip_vdb.connectors.parquet_columns import Columns, Named, read_columns
+from simskip_vdb.connectors.parquet_ids import refuse_repeated
 from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries
 from simskip_vdb.connectors.swap import (
     Identity,
@@ -46,12 +50,21 @@ from simskip_vdb.store import Candidate
 
 SCHEME = "parquet"
 _ROWS = 8192
+_ID = "id"
+_NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Options(NamedTuple):
-    """What an address says of Parquet files, which say nothing of it themselves."""
+    """What an address says of Parquet files, which say nothing of it themselves.
 
-    id: str = "id"
+    Attributes:
+        id: Name of the column of ids; None for ``id``, or positions where there is no such column.
+        vector: Name of the column of vectors; or of one column a dimension, with ``*`` for its
+            number.
+        metric: How the application compares vectors.
+    """
+
+    id: str | None = None
     vector: str = "vector"
     metric: Metric = Metric.COSINE
 
@@ -60,7 +73,7 @@ class Options(NamedTuple):
         told = {
             name: getattr(value, "value", value)
             for name, value in self._asdict().items()
-            if value != self._field_defaults[name]
+            if value not in (self._field_defaults[name], _ID if name == "id" else None)
         }
         return address_of(SCHEME, str(path), told)
 
@@ -93,19 +106,35 @@ class ParquetFile:
     """
 
     def __init__(
-        self, path: Path | str, options: Options | None = None, *, read_only: bool = False
+        self,
+        path: Path | str,
+        options: Options | None = None,
+        *,
+        read_only: bool = False,
+        folder: Path | None = None,
+        texts: bool = False,
     ) -> None:
         """Open a file.
+
+        Args:
+            path: The file.
+            options: What the address says.
+            read_only: Refuse every write.
+            folder: The folder that it is a part of, whose names of subfolders such as
+                ``lang=de`` are payload.
+            texts: Take ids that are numbers as text, as other files of the folder need it.
 
         Raises:
             StoreNotFoundError: There is no such file.
             ConfigError: It has no such columns.
             UnsupportedIndexError: Its columns cannot be refined.
-            DataError: A row has no id, or no vector.
+            DataError: A row has no id, or the id of another, or a vector that does not fit.
             StoreError: It is no Parquet file, or damaged.
         """
         self._path, self._options = Path(path).resolve(), options or Options()
-        self._read_only = read_only
+        self._read_only, self._folder = read_only, folder
+        self._named = Named(self._options.id, self._options.vector, texts)
+        self._partition = {} if folder is None else _partition(self._path, folder)
         self.reopen()
 
     @property
@@ -120,18 +149,28 @@ class ParquetFile:
 
     @property
     def payload(self) -> tuple[str, ...]:
-        """Names of the other columns."""
-        return self._columns.payload
+        """Names of the other columns, and of parts of the path such as ``lang=de``."""
+        own = self._columns.payload
+        return (*own, *(name for name in self._partition if name not in self._columns.names))
+
+    @property
+    def key(self) -> str | None:
+        """Name of the column of ids; None where ids are positions."""
+        return self._columns.key
+
+    @property
+    def numbers(self) -> bool:
+        """Whether ids are numbers in the file, even where they are taken as text."""
+        return self._columns.numbers
 
     def reopen(self) -> None:
         """Look at the file anew."""
         if not self._path.is_file():
             raise StoreNotFoundError(f"{self._uri}: there is no such file")
         self._identity = Identity.of(self._path)
-        self._columns: Columns = read_columns(
-            self._path, self._uri, self._options.id, self._options.vector
-        )
+        self._columns: Columns = read_columns(self._path, self._uri, self._named)
         self._rows = RowOrder(self._columns.ids, self._uri)
+        refuse_repeated(self._rows.repeated, self._columns.key, self._uri)
 
     @cached_property
     def _state(self) -> Path:
@@ -149,6 +188,8 @@ class ParquetFile:
             count=len(self._rows),
             dim=self._columns.dim,
             metric=self._options.metric,
+            positional=self._columns.positional,
+            exact=self._columns.exact,
             exhaustive=True,
             payload=True,
             state=self._state,
@@ -259,8 +300,25 @@ class ParquetFile:
         return VectorBatch(
             ids=self.ids[start:stop],
             vectors=self._columns.read(start, stop),
-            fields=self._columns.values(start, stop, fields),
+            fields=self._fields(start, stop, fields),
             cursor=stop,
+        )
+
+    def _fields(self, start: int, stop: int, names: Sequence[str]) -> dict[str, list[Any]]:
+        own = [name for name in names if name in self._columns.payload]
+        found = self._columns.values(start, stop, own)
+        told = {name: self._partition[name] for name in names if name not in own}
+        return {**found, **{name: [value] * (stop - start) for name, value in told.items()}}
+
+    @property
+    def _digits(self) -> Path:
+        if self._folder is None:
+            return self._state / "digits" / "rows"
+        inside = os.path.relpath(self._path, self._folder)
+        return (
+            state_of(self._folder, self._options.vector)
+            / "digits"
+            / hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
         )
 
     def _blocks(self) -> Iterator[tuple[int, Vectors]]:
@@ -271,10 +329,11 @@ class ParquetFile:
         """Write the file with new vectors to `target`, and open it."""
         unchanged(self._path, self._identity)
         changes = _Changes(self._rows.changes(batches, self._columns.dim))
-        rewrite(self._columns, target, changes.lay_over)
+        digits = Digits(self._digits, self._columns.dim)
+        self._columns.rewrite(target, changes.lay_over, digits)
         changes.finish()
         make_durable(target)
-        candidate = ParquetFile(target, self._options, read_only=True)
+        candidate = ParquetFile(target, self._options, read_only=True, texts=self._named.texts)
         if not self._columns.alike(candidate._columns):
             raise VerificationError(
                 f"{self._uri}: written anew, its columns or ids would differ; nothing was changed"
@@ -302,6 +361,13 @@ class _Changes:
         """Look at what comes after the last row, so that a wrong batch is noticed."""
         for _ in self._changes:
             pass
+
+
+def _partition(path: Path, folder: Path) -> dict[str, str | None]:
+    """Return what the names of subfolders say of a file's rows, such as ``lang=de``."""
+    told = (part.partition("=") for part in path.relative_to(folder).parts[:-1])
+    named = {unquote(name): unquote(value) for name, mark, value in told if mark and name}
+    return {name: None if value == _NO_VALUE else value for name, value in named.items()}
 
 
 def check_fields(fields: Sequence[str], known: Sequence[str], uri: str) -> None:
