@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from simskip_vdb.connectors.digits import Digits, as_float32
 from simskip_vdb.connectors.parquet_ids import POSITIONS, check_ids, is_number, read_ids
-from simskip_vdb.connectors.parquet_manner import manner, refuse_unwritable
+from simskip_vdb.connectors.parquet_manner import refuse_unwritable, same_columns, writer_like
 from simskip_vdb.connectors.parquet_vectors import Matrix, VectorColumns, find_vectors, shown
 from simskip_vdb.datatypes import Ids, Positions, Vectors
 from simskip_vdb.errors import ConfigError, DataError, StoreError, UnsupportedIndexError
@@ -147,7 +147,7 @@ class Columns:
         """Tell whether another file has the same columns, row groups, metadata and ids."""
         mine, theirs = self.file, other.file
         return bool(
-            mine.schema.equals(theirs.schema)
+            same_columns(mine.schema, theirs.schema)
             and mine.schema_arrow.equals(theirs.schema_arrow, check_metadata=True)
             and np.array_equal(self._firsts, other._firsts)
             and np.array_equal(self.ids, other.ids)
@@ -165,12 +165,9 @@ class Columns:
             StoreError: Reading or writing failed.
         """
         file, start = self.file, 0
-        with reading(str(target)):
-            writer = pq.ParquetWriter(target, file.schema_arrow, **manner(file, self.vectors.names))
-        try:
+        with reading(str(target)), writer_like(file, target, self.vectors.names) as writer:
             for number in range(file.num_row_groups):
-                with reading(str(target)):
-                    table = file.read_row_group(number)
+                table = file.read_row_group(number)
                 found = self.vectors.matrix(table, self.dim, int(self._firsts[number]))
                 before = as_float32(found.numbers)
                 vectors = before.copy()
@@ -181,12 +178,8 @@ class Columns:
                 ids = self.ids[start : start + len(vectors)]
                 start += len(vectors)
                 numbers = digits.written(ids, found.numbers, vectors, changed)
-                with reading(str(target)):
-                    table = self.vectors.put(table, found._replace(numbers=numbers))
-                    writer.write_table(table, row_group_size=max(1, table.num_rows))
-        finally:
-            with reading(str(target)):
-                writer.close()
+                table = self.vectors.put(table, found._replace(numbers=numbers))
+                writer.write_table(table, row_group_size=max(1, table.num_rows))
 
     def _groups(self, start: int, stop: int) -> Iterator[tuple[int, slice]]:
         """Yield row groups, and which of their rows with a vector are among these rows."""

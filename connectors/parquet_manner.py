@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from inspect import signature
 from io import BytesIO
 from pathlib import Path
@@ -15,6 +17,8 @@ from simskip_vdb.errors import StoreError, UnsupportedIndexError
 
 _KNOWN = frozenset(signature(pq.ParquetWriter.__init__).parameters)
 _WHOLE = ("INT32", "INT64")
+_UNSURE = ("is_", "force_")  # how pyarrow came to know a type of times
+_PLAIN = {("INT32", 32), ("INT64", 64)}
 
 
 def manner(file: Any, vectors: Sequence[str]) -> dict[str, Any]:  # noqa: ANN401 pyarrow
@@ -56,6 +60,28 @@ def manner(file: Any, vectors: Sequence[str]) -> dict[str, Any]:  # noqa: ANN401
     )
 
 
+@contextmanager
+def writer_like(file: Any, target: Path | BytesIO, vectors: Sequence[str]) -> Iterator[Any]:  # noqa: ANN401 pyarrow
+    """Write to `target` as a file was written, with the same schema and metadata.
+
+    Args:
+        file: The open file.
+        target: Where to.
+        vectors: Names of the columns that hold vectors.
+    """
+    settings = manner(file, vectors)
+    with pq.ParquetWriter(target, file.schema_arrow, **settings) as writer:
+        yield writer
+        told = file.schema_arrow.metadata
+        if told and not settings["store_schema"]:  # then pyarrow leaves it out
+            writer.add_key_value_metadata(told)
+
+
+def same_columns(one: Any, other: Any) -> bool:  # noqa: ANN401 pyarrow
+    """Tell whether two files' schemas hold the same columns, however they say it."""
+    return len(one) == len(other) and _first_difference(one, other) is None
+
+
 def is_of(path: str, names: Sequence[str]) -> bool:
     """Tell whether a leaf's path is that of one of these columns."""
     return any(path == name or path.startswith(f"{name}.") for name in names)
@@ -71,29 +97,20 @@ def refuse_unwritable(path: Path, file: Any, uri: str, vectors: Sequence[str]) -
     _refuse_far_times(path, file, uri)
     sink = BytesIO()
     try:
-        with pq.ParquetWriter(sink, file.schema_arrow, **manner(file, vectors)) as writer:
+        with writer_like(file, sink, vectors) as writer:
             writer.write_table(file.schema_arrow.empty_table())
         again = pq.ParquetFile(BytesIO(sink.getvalue()))
     except (OSError, pa.ArrowException, NotImplementedError) as error:
         raise UnsupportedIndexError(
             f"{uri}: its columns could not be written back ({error}); write them as other types"
         ) from error
-    here, there = file.schema, again.schema
-    if here.equals(there):
-        return
-    first = next(
-        (
-            here.column(i)
-            for i in range(min(len(here), len(there)))
-            if not here.column(i).equals(there.column(i))
-        ),
-        None,
-    )
-    what = "they" if first is None else f"'{first.path}' ({_shown(first)})"
-    raise UnsupportedIndexError(
-        f"{uri}: of its columns, {what} would be written back as another type; write the file anew "
-        "by a current library, such as pyarrow, Polars or DuckDB"
-    )
+    if not same_columns(file.schema, again.schema):
+        first = _first_difference(file.schema, again.schema)
+        what = "they" if first is None else f"'{first.path}' ({_shown(first)})"
+        raise UnsupportedIndexError(
+            f"{uri}: of its columns, {what} would be written back as another type; write it as "
+            "another type, or leave it out"
+        )
 
 
 def _refuse_far_times(path: Path, file: Any, uri: str) -> None:  # noqa: ANN401 pyarrow
@@ -128,6 +145,32 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _is_decimal(column: Any) -> bool:  # noqa: ANN401 pyarrow
     return str(column.logical_type).startswith("Decimal")
+
+
+def _first_difference(one: Any, other: Any) -> Any:  # noqa: ANN401 pyarrow
+    """Return the first leaf that another schema has otherwise; None where there is none."""
+    for place in range(min(len(one), len(other))):
+        if _told(one.column(place)) != _told(other.column(place)):
+            return one.column(place)
+    return None
+
+
+def _told(column: Any) -> tuple[Any, ...]:  # noqa: ANN401 pyarrow
+    """Return what a schema says of a leaf; whole numbers of the usual width need not be said."""
+    logical = json.loads(column.logical_type.to_json())
+    if (column.physical_type, logical.get("bitWidth")) in _PLAIN and logical.get("isSigned"):
+        logical = {"Type": "None"}
+    sure = {
+        name: value for name, value in logical.items() if not name.startswith(("is_", "force_"))
+    }
+    return (
+        column.path,
+        column.max_definition_level,
+        column.max_repetition_level,
+        column.physical_type,
+        column.length,
+        sure,
+    )
 
 
 def _shown(column: Any) -> str:  # noqa: ANN401 pyarrow

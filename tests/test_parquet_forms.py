@@ -38,7 +38,8 @@ def ids_of(uri: str) -> Ids:
 def refine(uri: str, place: Path, seed: int = 0) -> ss.Report:
     store = open_store(uri)
     ids = np.sort(ids_of(uri))
-    refiner = random_refiner(D, ids, seed, metric=Metric.COSINE).save(place / f"refiner-{seed}")
+    refiner = place / f"refiner-{seed}"
+    random_refiner(D, ids, seed, metric=Metric.COSINE).save(refiner)
     settings = ss.Settings(refiner=refiner, accept_unmeasured=True)
     report = ss.refine(store, ss.Judgments(), settings)
     assert report.written is not None
@@ -372,3 +373,12 @@ def test_how_a_file_was_written_stays(tmp_path: Path, numbers: Any) -> None:  # 
             other.compression, other.physical_type, other.is_stats_set, other.has_offset_index
         )  # fmt: skip
         assert one.has_dictionary_page == other.has_dictionary_page
+
+
+def test_types_that_could_not_be_written_back_are_refused_at_once(tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    path = tmp_path / "rows.parquet"
+    select = "SELECT 1 AS id, [1.5::FLOAT, 2] AS vector, INTERVAL 3 DAY AS span"
+    duckdb.connect().execute(f"COPY ({select}) TO '{path}' (FORMAT parquet)")
+    with pytest.raises(UnsupportedIndexError, match=r"'span' .*written back as another type"):
+        open_store(f"parquet:{path}")
