@@ -34,13 +34,15 @@ def as_float32(numbers: Numbers) -> Vectors:
 class Digits:
     """What float32 does not hold of the rows of one file."""
 
-    def __init__(self, file: Path, dim: int) -> None:
+    def __init__(self, file: Path, dim: int, *, keep: bool = True) -> None:
         """Look at what earlier writes kept in `file`.
+
+        Without `keep` nothing is added: the originals stay where they are.
 
         Raises:
             StoreError: It cannot be read.
         """
-        self._file, self._dim = file, dim
+        self._file, self._dim, self._adds = file, dim, keep
         self._record = np.dtype([("id", "<u8"), ("digest", "<u8"), ("row", "<f8", (dim,))])
         self._read_keys()
 
@@ -78,7 +80,7 @@ class Digits:
         narrow = as_float32(rows)
         with np.errstate(invalid="ignore"):
             more = (narrow != rows).any(axis=1) & np.isfinite(narrow).all(axis=1)
-        if not more.any():
+        if not (self._adds and more.any()):
             return
         hashes, digests = hash_ids(ids[more], 0), row_digests(narrow[more])
         known, places = self._find(hashes, digests, same_id=True)

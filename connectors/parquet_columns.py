@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +15,9 @@ from simskip_vdb.connectors.digits import Digits, as_float32
 from simskip_vdb.connectors.parquet_ids import POSITIONS, check_ids, is_number, read_ids
 from simskip_vdb.connectors.parquet_manner import refuse_unwritable, same_columns, writer_like
 from simskip_vdb.connectors.parquet_vectors import Matrix, VectorColumns, find_vectors, shown
+from simskip_vdb.connectors.row_file import LayOver
 from simskip_vdb.datatypes import Ids, Positions, Vectors
 from simskip_vdb.errors import ConfigError, DataError, StoreError, UnsupportedIndexError
-
-LayOver = Callable[[int, Vectors], None]
-"""Changes vectors in place: (position of the first row, vectors (b, d))."""
 
 
 class Named(NamedTuple):
@@ -154,16 +152,7 @@ class Columns:
         )
 
     def rewrite(self, target: Path, lay_over: LayOver, digits: Digits) -> None:
-        """Write the file anew, a row group at a time, as it was but for its vectors.
-
-        Args:
-            target: Where to.
-            lay_over: Puts new vectors in the place of old ones.
-            digits: Knows those of the originals.
-
-        Raises:
-            StoreError: Reading or writing failed.
-        """
+        """Write the file anew, a row group at a time; see `Contents.rewrite`."""
         file, start = self.file, 0
         with reading(str(target)), writer_like(file, target, self.vectors.names) as writer:
             for number in range(file.num_row_groups):

@@ -15,13 +15,12 @@ from simskip_vdb.connectors.parquet_file import (
     SCHEME,
     Options,
     ParquetFile,
-    check_fields,
-    state_of,
-    state_root,
+    state_of_column,
 )
 from simskip_vdb.connectors.parquet_ids import refuse_repeated
 from simskip_vdb.connectors.part_notes import refuse_part, refuse_refined
 from simskip_vdb.connectors.parted import Parted, check_alike
+from simskip_vdb.connectors.row_file import check_fields, state_root
 from simskip_vdb.datatypes import Metric, StoreInfo
 from simskip_vdb.durable import disk_errors, has_file
 from simskip_vdb.errors import ConfigError, DataError, StoreNotFoundError, UnsupportedIndexError
@@ -73,7 +72,7 @@ class ParquetFolder(Parted):
 
     @cached_property
     def _state(self) -> Path:
-        return state_of(self._folder, self._options.vector)
+        return state_of_column(self._folder, self._options.vector)
 
     def info(self) -> StoreInfo:
         """Describe the files together."""
