@@ -5,9 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_files import COARSE, write_array
+from array_files import KINDS as ARRAYS
+from array_files import raw_rows as array_rows
 from faiss_files import KINDS, make_index, rows_by_faiss, write
 from parquet_files import COLUMNS, kinds, raw_rows, write_rows
 
+from simskip_vdb.connectors import open_store
 from simskip_vdb.connectors.faiss_parts import FaissParts
 from simskip_vdb.connectors.faiss_store import FaissStore
 from simskip_vdb.connectors.memory import MemoryStore
@@ -127,3 +131,27 @@ class TestParquetFolder(RowContract):
         if self.positional:
             return np.arange(len(vectors)), vectors
         return np.concatenate([i for i, _ in parts]), vectors
+
+
+class TestArrayFile(FileContract):
+    @pytest.fixture(autouse=True, params=[*ARRAYS, "npy positions", "npz positions", "npy text"])
+    def _kind(self, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+        self.kind, self.folder = request.param, tmp_path
+        self.positional, self.text = "positions" in self.kind, "text" in self.kind
+        self.exact = not any(word in self.kind for word in COARSE)
+        self.tolerance = 0.0 if self.exact else 4e-3
+
+    @pytest.fixture
+    def ids(self) -> Ids:
+        numbers = np.arange(self.count) * (1 if self.positional else 3)
+        return id_text([f"straße-{i}".encode() for i in numbers]) if self.text else numbers
+
+    def unknown_id(self, ids: Ids) -> Ids:
+        return id_text([b"sku-x"]) if self.text else super().unknown_id(ids)
+
+    def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
+        uri = write_array(self.folder, self.kind, None if self.positional else ids, vectors)
+        return open_store(uri + ("&" if "?" in uri else "?") + f"metric={metric.value}")
+
+    def raw_rows(self, store: VectorStore) -> tuple[Ids, Vectors]:
+        return array_rows(self.folder / f"rows.{self.kind.split()[0]}")
