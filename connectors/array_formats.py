@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import tempfile
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -34,6 +35,10 @@ _DTYPES = {
 }
 _MOST_HEADER = 100_000_000
 _COPIED = 1 << 20
+_NO_HEADER = (
+    *(ValueError, KeyError, EOFError, TypeError, SyntaxError, tokenize.TokenError),
+    *(OverflowError, RecursionError, MemoryError),
+)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 _SHOWN = 12
 
@@ -116,10 +121,11 @@ class SafeTensors:
                 name: value for name, value in told.items() if name != "__metadata__"
             }
             self._layouts = {name: self._layout(value) for name, value in self._arrays.items()}
+            end = max((value["data_offsets"][1] for value in self._arrays.values()), default=0)
+            if self._start + end > path.stat().st_size:
+                raise ValueError(f"it promises {end:,} bytes, and there are fewer")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise StoreError(
-                f"{uri}: its header is damaged ({error}); restore it from a backup"
-            ) from None
+            raise StoreError(f"{uri}: it is damaged ({error}); restore it from a backup") from None
 
     def layout(self, key: str | None) -> tuple[str, Layout]:
         """See `ArrayFormat.layout`."""
@@ -329,7 +335,7 @@ def _npy_layout(file: IO[bytes], uri: str) -> Layout:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, columns, dtype = read(file)
-    except (ValueError, KeyError, EOFError, TypeError, SyntaxError) as error:
+    except _NO_HEADER as error:
         path = Path(str(getattr(file, "name", "")))
         raise StoreError(f"{uri}: {_what_else(path, 'an .npy file')} ({error})") from None
     if len(shape) != 2 or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
