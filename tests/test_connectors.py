@@ -142,7 +142,8 @@ def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, na
         uri = address_of("parquet", str(path), {})
     elif kind in ("npy", "npz"):
         with open(path, "wb") as file:
-            np.save(file, rows) if kind == "npy" else np.savez(file, **{"a&b": rows, "c": rows})
+            held: Any = {"a&b": rows, "c": rows}
+            np.save(file, rows) if kind == "npy" else np.savez(file, **held)
         uri = address_of(kind, str(path), {"key": "a&b"} if kind == "npz" else {})
     elif kind == "edge":
         make(path, list(range(4)), rows)
