@@ -17,6 +17,7 @@ from parquet_files import COLUMNS, kinds, write_rows
 
 import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.parquet_file import ParquetFile
 from simskip_vdb.datatypes import Ids, Metric, id_names
 from simskip_vdb.errors import ConfigError, DataError, UnsupportedIndexError
 from simskip_vdb.rows import hash_ids
@@ -382,3 +383,47 @@ def test_types_that_could_not_be_written_back_are_refused_at_once(tmp_path: Path
     duckdb.connect().execute(f"COPY ({select}) TO '{path}' (FORMAT parquet)")
     with pytest.raises(UnsupportedIndexError, match=r"'span' .*written back as another type"):
         open_store(f"parquet:{path}")
+
+
+@pytest.mark.parametrize("key", ["ids", "positions"])
+@pytest.mark.parametrize("lists", ["fixed", "double", "half"])
+def test_a_folder_that_was_written_in_part_is_finished_or_undone(
+    tmp_path: Path,
+    numbers: Any,  # noqa: ANN401
+    lists: str,
+    key: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tables = []
+    for part in range(3):
+        path = tmp_path / "rows" / f"{part}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        ids = None if key == "positions" else np.arange(N) + N * part
+        write_rows(path, ids, numbers + part, lists=lists)
+        tables.append(pq.ParquetFile(path).read())
+    uri = f"parquet:{tmp_path / 'rows'}"
+    read = ParquetFile.prepared
+
+    def interrupted(store: ParquetFile, *given: Any, **named: Any) -> Any:  # noqa: ANN401
+        if store.path.name == "1.parquet":
+            raise KeyboardInterrupt
+        return read(store, *given, **named)
+
+    held = np.concatenate([batch.vectors for batch in open_store(uri).scan(7)])
+    for again in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(ParquetFile, "prepared", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                refine(uri, tmp_path)
+        changed = np.concatenate([batch.vectors for batch in open_store(uri).scan(7)]) != held
+        assert changed[:N].any(axis=1).all()
+        assert not changed[N:].any()
+        if again:
+            refine(uri, tmp_path)
+            refiner = ss.Refiner.load(tmp_path / "refiner-0")
+            wanted = refiner.refine_rows(held, ids_of(uri))
+            now = np.concatenate([batch.vectors for batch in open_store(uri).scan(7)])
+            np.testing.assert_allclose(now, wanted, atol=1e-2 if lists == "half" else 1e-6)
+        ss.rollback(open_store(uri))
+        for path, table in zip(sorted((tmp_path / "rows").glob("*.parquet")), tables, strict=True):
+            assert pq.ParquetFile(path).read().equals(table)
