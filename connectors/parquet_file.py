@@ -14,6 +14,7 @@ from simskip_vdb.connectors.parquet_columns import Columns, Named, read_columns
 from simskip_vdb.connectors.parquet_ids import refuse_repeated
 from simskip_vdb.connectors.row_file import RowFile, state_of, state_root
 from simskip_vdb.datatypes import Metric, StoreInfo
+from simskip_vdb.state_place import DIGITS
 
 SCHEME = "parquet"
 _ID = "id"
@@ -157,7 +158,7 @@ class ParquetFile(RowFile):
         if self._folder is None:
             return super()._digits
         inside = hashlib.sha256(os.fsencode(os.path.relpath(self._path, self._folder))).hexdigest()
-        return state_of_column(self._folder, self._options.vector) / "digits" / inside[:16]
+        return state_of_column(self._folder, self._options.vector) / DIGITS / inside[:16]
 
 
 def _partition(path: Path, folder: Path) -> dict[str, str | None]:

@@ -41,6 +41,7 @@ from simskip_vdb.datatypes import (
 from simskip_vdb.durable import beside, json_of, make_durable, sha256_of
 from simskip_vdb.errors import ConfigError, StoreNotFoundError, VerificationError
 from simskip_vdb.search import exact_search
+from simskip_vdb.state_place import DIGITS
 from simskip_vdb.store import Candidate
 
 LayOver = Callable[[int, Vectors], None]
@@ -178,7 +179,7 @@ class RowFile:
     @property
     def _digits(self) -> Path:
         """Where the digits of originals are kept that float32 does not hold."""
-        return self._state / "digits" / "rows"
+        return self._state / DIGITS / "rows"
 
     def sha256(self) -> str:
         """Hash the file's bytes, 64 hex digits."""

@@ -137,8 +137,12 @@ def test_digits_of_a_killed_run_do_no_harm(tmp_path: Path, numbers: Any) -> None
     assert pq.ParquetFile(path).read().equals(before)
     refine(f"parquet:{folder}", tmp_path, 1)
     assert kept.stat().st_size // (16 + 8 * D) == N
+    ss.prune(open_store(f"parquet:{folder}"), final=True)
+    assert kept.exists()
     ss.rollback(open_store(f"parquet:{folder}"))
     assert pq.ParquetFile(path).read().equals(before)
+    assert "digits" in ss.prune(open_store(f"parquet:{folder}"), final=True)["removed"]
+    assert not kept.parent.exists()
 
 
 def test_doubles_that_are_floats_keep_no_digits(tmp_path: Path, numbers: Any) -> None:  # noqa: ANN401
