@@ -84,7 +84,7 @@ class Layout(NamedTuple):
             )
             if len(changed):
                 after = digits.written(ids[start : start + step], found, vectors, changed)
-                block[changed] = self._encoded(after[changed])
+                block[changed] = self._encoded(after[changed], digits.name)
                 stored.flush()
 
     def _mapped(self, file: File, mode: Any) -> np.memmap[Any, Any]:  # noqa: ANN401 a literal
@@ -96,11 +96,13 @@ class Layout(NamedTuple):
             return np.array(stored, self.dtype.newbyteorder("="), order="C")
         return (np.array(stored, np.uint32, order="C") << 16).view(np.float32)
 
-    def _encoded(self, numbers: Numbers) -> Numbers:
+    def _encoded(self, numbers: Numbers, name: str) -> Numbers:
         if not self.brain:
             return numbers
         words = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
         rounded = (words + (((words >> 16) & 1) + 0x7FFF)) >> 16  # to the nearest, ties to even
         if (np.isfinite(numbers) & ((rounded & 0x7F80) == 0x7F80)).any():
-            raise DataError("a vector has numbers that bfloat16 does not hold; write it as float32")
+            raise DataError(
+                f"{name}: a vector has numbers that bfloat16 does not hold; write it as float32"
+            )
         return rounded.astype(np.uint16)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.datatypes import Ids, Positions, Vectors
 from simskip_vdb.durable import disk_errors, make_durable, open_private
-from simskip_vdb.errors import DataError
+from simskip_vdb.errors import DataError, StoreError
 from simskip_vdb.rows import Digests, hash_ids, row_digests
 
 Numbers = NDArray[Any]
@@ -32,19 +32,30 @@ def as_float32(numbers: Numbers) -> Vectors:
 
 
 class Digits:
-    """What float32 does not hold of the rows of one file."""
+    """What float32 does not hold of the rows of one file.
 
-    def __init__(self, file: Path, dim: int, *, keep: bool = True) -> None:
+    Attributes:
+        name: Address of that file, for messages.
+    """
+
+    def __init__(self, file: Path, dim: int, name: str, *, keep: bool = True) -> None:
         """Look at what earlier writes kept in `file`.
 
-        Without `keep` nothing is added: the originals stay where they are.
+        Args:
+            file: Where digits are kept.
+            dim: Dimension of a vector.
+            name: Address of the file that they belong to.
+            keep: Add digits; not where the originals stay where they are.
 
         Raises:
             StoreError: It cannot be read.
         """
+        self.name = name
         self._file, self._dim, self._adds = file, dim, keep
-        self._record = np.dtype([("id", "<u8"), ("digest", "<u8"), ("row", "<f8", (dim,))])
+        fields = [("id", "<u8"), ("digest", "<u8"), ("sum", "<u8"), ("row", "<f8", (dim,))]
+        self._record = np.dtype(fields)
         self._read_keys()
+        self._count = len(self._digests)  # with those that are added
 
     def written(self, ids: Ids, before: Numbers, new: Vectors, changed: Positions) -> Numbers:
         """Return what a file holds when some rows get new vectors, shape (n, d).
@@ -64,7 +75,7 @@ class Digits:
             over = np.abs(new[changed]).max(axis=1, initial=0) > _LARGEST_HALF
             if over.any():
                 raise DataError(
-                    f"{self._file.name}: a vector has numbers beyond {_LARGEST_HALF:,.0f}, which "
+                    f"{self.name}: a vector has numbers beyond {_LARGEST_HALF:,.0f}, which "
                     "float16 does not hold; write the vectors as float32"
                 )
             after[changed] = new[changed]
@@ -89,20 +100,30 @@ class Digits:
         if not new.any():
             return
         records = np.empty(int(new.sum()), self._record)
-        records["id"], records["digest"], records["row"] = (
-            hashes[new], digests[new], rows[more][new],
-        )  # fmt: skip
+        records["id"], records["digest"] = hashes[new], digests[new]
+        records["row"] = rows[more][new]
+        records["sum"] = _sums(records["row"])
         with disk_errors(self._file):
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._file.exists():
                 open_private(self._file).close()
             with open(self._file, "r+b") as file:
-                file.truncate(len(self._digests) * self._record.itemsize)  # a killed run's rest
+                file.truncate(self._count * self._record.itemsize)  # a killed run's rest
                 file.seek(0, os.SEEK_END)
                 file.write(records.tobytes())
-            make_durable(self._file)
-            make_durable(self._file.parent)
-        self._add_keys(records["id"], records["digest"])
+        self._count += len(records)
+
+    def settle(self) -> None:
+        """Make sure that what was kept survives a power cut.
+
+        Raises:
+            StoreError: The disk refused.
+        """
+        if self._count > len(self._digests):
+            with disk_errors(self._file):
+                make_durable(self._file)
+                make_durable(self._file.parent)
+                make_durable(self._file.parent.parent)
 
     def _wide(self, ids: Ids, vectors: Vectors) -> Numbers:
         """Return vectors, shape (m, d), as float64, with the digits that originals had."""
@@ -135,9 +156,13 @@ class Digits:
             return records
         with disk_errors(self._file):
             # Mapped for this block only: mapped pages would count as memory.
-            records[:] = np.memmap(self._file, self._record, "r", shape=(len(self._digests),))[
-                places
-            ]
+            kept = np.memmap(self._file, self._record, "r", shape=(len(self._digests),))
+            records[:] = kept[places]
+        if (_sums(records["row"]) != records["sum"]).any():
+            raise StoreError(
+                f"{self._file} is damaged; restore it from a backup. Only if there is none, remove "
+                "it: originals then come back with the digits that float32 holds"
+            )
         return records
 
     def _read_keys(self) -> None:
@@ -146,7 +171,8 @@ class Digits:
         for block in self._blocks():
             self._hashes = np.append(self._hashes, block["id"])
             self._digests = np.append(self._digests, block["digest"])
-        self._sort()
+        self._by_id = _sorted(self._hashes ^ self._digests)
+        self._by_vector = _sorted(self._digests)
 
     def _blocks(self) -> Iterator[Numbers]:
         step = max(1, _AT_ONCE // self._record.itemsize)
@@ -161,14 +187,10 @@ class Digits:
             with disk_errors(self._file):
                 raise error
 
-    def _add_keys(self, hashes: Digests, digests: Digests) -> None:
-        self._hashes = np.append(self._hashes, hashes)
-        self._digests = np.append(self._digests, digests)
-        self._sort()
 
-    def _sort(self) -> None:
-        self._by_id = _sorted(self._hashes ^ self._digests)
-        self._by_vector = _sorted(self._digests)
+def _sums(rows: Numbers) -> Digests:
+    """Return a checksum of every row's bits, shape (n,)."""
+    return row_digests(np.ascontiguousarray(rows, np.float64).view(np.float32))
 
 
 def _sorted(keys: Digests) -> tuple[Digests, Positions]:

@@ -302,9 +302,10 @@ class RowFile:
         """
         unchanged(self._path, self._identity)
         changes = _Changes(self._rows.changes(batches, self._contents.dim))
-        digits = Digits(self._digits, self._contents.dim, keep=keep)
+        digits = Digits(self._digits, self._contents.dim, self._uri, keep=keep)
         self._contents.rewrite(target, changes.lay_over, digits)
         changes.finish()
+        digits.settle()
         make_durable(target)
         candidate = self._other(target)
         if not self._contents.alike(candidate._contents):

@@ -19,7 +19,7 @@ import simskip_vdb as ss
 from simskip_vdb.connectors import open_store
 from simskip_vdb.connectors.parquet_file import ParquetFile
 from simskip_vdb.datatypes import Ids, Metric, id_names
-from simskip_vdb.errors import ConfigError, DataError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError, DataError, StoreError, UnsupportedIndexError
 from simskip_vdb.rows import hash_ids
 
 N, D = 40, 6
@@ -136,7 +136,7 @@ def test_digits_of_a_killed_run_do_no_harm(tmp_path: Path, numbers: Any) -> None
     ss.rollback(open_store(f"parquet:{folder}"))
     assert pq.ParquetFile(path).read().equals(before)
     refine(f"parquet:{folder}", tmp_path, 1)
-    assert kept.stat().st_size // (16 + 8 * D) == N
+    assert kept.stat().st_size // (24 + 8 * D) == N
     ss.prune(open_store(f"parquet:{folder}"), final=True)
     assert kept.exists()
     ss.rollback(open_store(f"parquet:{folder}"))
@@ -431,3 +431,22 @@ def test_a_folder_that_was_written_in_part_is_finished_or_undone(
         ss.rollback(open_store(uri))
         for path, table in zip(sorted((tmp_path / "rows").glob("*.parquet")), tables, strict=True):
             assert pq.ParquetFile(path).read().equals(table)
+
+
+def test_digits_that_are_damaged_are_not_brought_back(tmp_path: Path, numbers: Any) -> None:  # noqa: ANN401
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    path = write_rows(folder / "rows.parquet", np.arange(N), numbers, lists="double")
+    refine(f"parquet:{folder}", tmp_path)
+    refined = pq.ParquetFile(path).read()
+    (kept,) = (tmp_path / "rows.simskip" / "digits").iterdir()
+    data = bytearray(kept.read_bytes())
+    data[24] ^= 1  # the last digit of the first number
+    kept.write_bytes(data)
+    with pytest.raises(StoreError, match="is damaged; restore it from a backup"):
+        ss.rollback(open_store(f"parquet:{folder}"))
+    assert pq.ParquetFile(path).read().equals(refined)
+    data[24] ^= 1
+    kept.write_bytes(data)
+    ss.rollback(open_store(f"parquet:{folder}"))
+    assert pq.ParquetFile(path).read()["vector"].to_pylist() == numbers.tolist()
