@@ -107,6 +107,16 @@ class ParquetFile(RowFile):
         """Whether ids are numbers in the file, even where they are taken as text."""
         return self._contents.numbers
 
+    @property
+    def opened(self) -> Any:  # noqa: ANN401 pyarrow
+        """The file as pyarrow has it open."""
+        return self._contents.file
+
+    @property
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the columns that hold vectors."""
+        return self._contents.vectors.names
+
     def reopen(self) -> None:
         """Look at the file anew."""
         super().reopen()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,9 @@ from simskip_vdb.connectors.parquet_file import (
     state_of_column,
 )
 from simskip_vdb.connectors.parquet_ids import refuse_repeated
-from simskip_vdb.connectors.part_notes import refuse_part, refuse_refined
-from simskip_vdb.connectors.parted import Parted, check_alike
+from simskip_vdb.connectors.parquet_notes import leave_note, part_note, refuse_part, remove_note
+from simskip_vdb.connectors.part_notes import refuse_refined
+from simskip_vdb.connectors.parted import Parted, PartFile, check_alike
 from simskip_vdb.connectors.row_file import check_fields, state_root
 from simskip_vdb.datatypes import Metric, StoreInfo
 from simskip_vdb.durable import disk_errors, has_file
@@ -104,6 +105,16 @@ class ParquetFolder(Parted):
             )
             for path in paths
         ]
+
+    def _note(self, part: PartFile) -> Mapping[str, Any] | None:
+        return part_note(part.path)
+
+    def _leave_note(self, part: PartFile, note: Mapping[str, Any] | None) -> None:
+        assert isinstance(part, ParquetFile)
+        if note is None:
+            remove_note(part.path)
+        else:
+            leave_note(part.path, part.opened, part.vectors, note)
 
     def _check_fields(self, fields: Sequence[str]) -> None:
         check_fields(fields, self._payload, self._uri)

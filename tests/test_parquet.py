@@ -109,6 +109,23 @@ def test_a_file_of_a_refined_folder_is_not_refined_again(
     refine(f"parquet:{folder}", settings)
     with pytest.raises(ConfigError, match="refined as a part of parquet:"):
         open_store(f"parquet:{folder / '1.parquet'}")
+    for note in folder.glob(".*.simskip-part.parquet"):
+        assert pq.ParquetFile(note).metadata.num_rows == 0
+        told = pq.read_metadata(note).metadata[b"simskip"]
+        (folder / note.name.removesuffix(".parquet")).write_bytes(told)  # as it was left before
+        note.unlink()
+    with pytest.raises(ConfigError, match="refined as a part of parquet:"):
+        open_store(f"parquet:{folder / '1.parquet'}")
+    assert ss.status(open_store(f"parquet:{folder}"))["refined"]["refiner"]
+    assert ss.rollback(open_store(f"parquet:{folder}"))["exact"]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_damaged_note_is_named(folder: Path, settings: ss.Settings) -> None:
+    refine(f"parquet:{folder}", settings)
+    (folder / ".1.parquet.simskip-part.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match=r"simskip-part\.parquet is damaged"):
+        open_store(f"parquet:{folder / '1.parquet'}")
 
 
 def test_payload_columns_are_read(folder: Path) -> None:
