@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 from urllib.parse import unquote
 
+from simskip_vdb.connectors.addresses import address_of
 from simskip_vdb.connectors.originals import ArrayRows, read_ids, read_vectors
 from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.durable import LONGEST_NAME
@@ -35,12 +36,24 @@ class _BuiltIn(NamedTuple):
 _BUILT_IN = {
     "faiss": _BuiltIn("simskip_vdb.connectors.faiss_store", "FaissStore", "faiss"),
     "parquet": _BuiltIn("simskip_vdb.connectors.parquet_store", "ParquetStore", "eval"),
+    **dict.fromkeys(
+        ("npy", "npz", "safetensors"),
+        _BuiltIn("simskip_vdb.connectors.array_store", "ArrayFile", "eval"),
+    ),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),
         _BuiltIn("simskip_vdb.connectors.qdrant_store", "QdrantStore", "qdrant"),
     ),
 }
+
+_BY_SUFFIX = {
+    ".parquet": "parquet",
+    ".npy": "npy",
+    ".npz": "npz",
+    ".safetensors": "safetensors",
+}
+"""Schemes of plain paths that end so; any other is FAISS's."""
 
 _FAISS_PARTS = _BuiltIn("simskip_vdb.connectors.faiss_parts", "FaissParts", "faiss")
 
@@ -57,8 +70,9 @@ def open_store(
     """Open the store at an address.
 
     Args:
-        uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``, and one with ``*``, ``?`` or
-            ``[…]`` several FAISS files that are one index.
+        uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``, but where it ends in ``.parquet``,
+            ``.npy``, ``.npz`` or ``.safetensors``, and one with ``*``, ``?`` or ``[…]`` several
+            FAISS files that are one index.
         read_only: Refuse every write through this handle.
         originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
             in the order of its rows, or another store that has the same ids.
@@ -71,7 +85,7 @@ def open_store(
         MissingDependencyError: The connector's package is not installed.
         StoreError: The store could not be opened.
     """
-    scheme = scheme_of(uri)
+    scheme, uri = scheme_of(uri), full_address(uri)
     _check_place(uri, scheme)
     if scheme == "faiss" and _names_parts(uri):
         connector = _built_in(_FAISS_PARTS)
@@ -106,11 +120,27 @@ def _check_place(uri: str, scheme: str) -> None:
 
 
 def scheme_of(uri: str, base: Path | None = None) -> str:
-    """Return the scheme of an address; a plain path, relative to `base`, has ``faiss``."""
+    """Return the scheme of an address; a plain path, relative to `base`, has one by its suffix."""
     match = re.match(r"([a-z][a-z0-9+.-]*):", uri)
     if match is None or os.path.exists(Path(base or "", uri)):
-        return "faiss"
+        return _BY_SUFFIX.get(Path(_plain_path(uri, base)).suffix.lower(), "faiss")
     return match[1]
+
+
+def full_address(uri: str, base: Path | None = None) -> str:
+    """Return an address with its scheme, where it is a plain path that is not FAISS's."""
+    scheme = scheme_of(uri, base)
+    plain = not uri.startswith(f"{scheme}:") or os.path.exists(Path(base or "", uri))
+    if scheme not in _BY_SUFFIX.values() or not plain:
+        return uri
+    path = _plain_path(uri, base)
+    return address_of(scheme, path, {}) + uri[len(path) :]
+
+
+def _plain_path(uri: str, base: Path | None) -> str:
+    """Return the path in an address without a scheme, which may have options behind it."""
+    place, mark, _ = uri.partition("?")
+    return place if mark and not os.path.exists(Path(base or "", uri)) else uri
 
 
 def known_schemes() -> tuple[str, ...]:

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from simskip_vdb.connectors.rows import RowOrder, checked_queries, checked_rows, only_vectors
 from simskip_vdb.datatypes import (
-    ID_TEXT,
     Cursor,
     Ids,
     Mask,
@@ -20,6 +19,7 @@ from simskip_vdb.datatypes import (
     StoreInfo,
     VectorBatch,
     Vectors,
+    id_text,
 )
 from simskip_vdb.errors import ConfigError, DataError
 from simskip_vdb.store import Allowed
@@ -48,7 +48,8 @@ class MemoryStore:
         self._vectors = np.array(vectors, np.float32)
         if self._vectors.ndim != 2 or len(self._vectors) != len(ids):
             raise DataError(f"{_URI} {len(ids)} ids for vectors of shape {self._vectors.shape}")
-        self._rows = RowOrder(np.array(ids, ID_TEXT if ids.dtype.kind == "S" else np.int64), _URI)
+        own = id_text(ids) if ids.dtype.kind == "S" else np.array(ids, np.int64)
+        self._rows = RowOrder(own, _URI)
         self._metric = metric
         self._positional = positional
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,23 +15,29 @@ from simskip_vdb.connectors.parquet_file import (
     SCHEME,
     Options,
     ParquetFile,
-    check_fields,
-    state_of,
-    state_root,
+    state_of_column,
 )
-from simskip_vdb.connectors.part_notes import refuse_part, refuse_refined
-from simskip_vdb.connectors.parted import Parted, check_alike
-from simskip_vdb.datatypes import Metric, StoreInfo, id_names
-from simskip_vdb.durable import disk_errors
+from simskip_vdb.connectors.parquet_ids import refuse_repeated
+from simskip_vdb.connectors.parquet_notes import leave_note, part_note, refuse_part, remove_note
+from simskip_vdb.connectors.part_notes import refuse_refined
+from simskip_vdb.connectors.parted import Parted, PartFile, check_alike
+from simskip_vdb.connectors.row_file import check_fields, state_root
+from simskip_vdb.datatypes import Metric, StoreInfo
+from simskip_vdb.durable import disk_errors, has_file
 from simskip_vdb.errors import ConfigError, DataError, StoreNotFoundError, UnsupportedIndexError
 
+_SUFFIXES = (".parquet", ".parq", ".pq")
+_MAGIC = b"PAR1"
 _MANAGED = ("_delta_log", "_metadata", ".hoodie", "metadata/*.metadata.json")
 
 
 class ParquetFolder(Parted):
-    """A `Parted` store of the ``*.parquet`` files in a folder and its subfolders.
+    """A `Parted` store of the Parquet files in a folder and its subfolders.
 
-    Names that begin with a dot or an underscore are nobody's rows, as for other readers.
+    They are known by their names, or by how they begin, as Hive's have no suffix. Names that begin
+    with a dot or an underscore are nobody's rows, as for other readers, but for partitions such as
+    ``_day=1``. Without a column of ids, rows are counted through all files in the order of their
+    names.
     """
 
     def __init__(
@@ -49,16 +57,23 @@ class ParquetFolder(Parted):
         uri = self._options.address(self._folder)
         _refuse_managed(self._folder, uri)
         with disk_errors(self._folder):
-            paths = sorted(path for path in self._folder.rglob("*.parquet") if self._meant(path))
+            paths = sorted(path for path in self._folder.rglob("*") if self._meant(path))
         if not paths:
-            raise StoreNotFoundError(f"{uri}: there is no *.parquet file in this folder")
-        stores = [ParquetFile(path, self._options, read_only=read_only) for path in paths]
+            raise StoreNotFoundError(f"{uri}: there is no Parquet file in this folder")
+        self._texts = False
+        stores = self._files(paths, read_only=read_only)
+        if len({store.ids.dtype.kind for store in stores}) > 1 and all(s.numbers for s in stores):
+            self._texts = True  # some are too large for int64
+            stores = self._files(paths, read_only=read_only)
         self._payload = _check(stores, uri)
-        super().__init__(uri, self._folder, stores, [0] * len(stores), read_only=read_only)
+        self._positional = stores[0].info().positional
+        starts = accumulate((len(store.ids) for store in stores[:-1]), initial=0)
+        shifts = list(starts) if self._positional else [0] * len(stores)
+        super().__init__(uri, self._folder, stores, shifts, read_only=read_only)
 
     @cached_property
     def _state(self) -> Path:
-        return state_of(self._folder, self._options.vector)
+        return state_of_column(self._folder, self._options.vector)
 
     def info(self) -> StoreInfo:
         """Describe the files together."""
@@ -70,6 +85,8 @@ class ParquetFolder(Parted):
             count=len(self._rows),
             dim=first.dim,
             metric=first.metric,
+            positional=self._positional,
+            exact=first.exact,
             exhaustive=True,
             payload=True,
             state=self._state,
@@ -78,14 +95,37 @@ class ParquetFolder(Parted):
         )
 
     def _opener(self, path: Path, shift: int) -> Callable[[], ParquetFolder]:
-        return partial(_one, self._folder, path, self._options, self._payload)
+        shared = _Shared(self._folder, self._options, self._payload, self._positional, self._texts)
+        return partial(_one, shared, path, shift)
+
+    def _files(self, paths: Sequence[Path], *, read_only: bool) -> list[ParquetFile]:
+        return [
+            ParquetFile(
+                path, self._options, read_only=read_only, folder=self._folder, texts=self._texts
+            )
+            for path in paths
+        ]
+
+    def _note(self, part: PartFile) -> Mapping[str, Any] | None:
+        return part_note(part.path)
+
+    def _leave_note(self, part: PartFile, note: Mapping[str, Any] | None) -> None:
+        assert isinstance(part, ParquetFile)
+        if note is None:
+            remove_note(part.path)
+        else:
+            leave_note(part.path, part.opened, part.vectors, note)
 
     def _check_fields(self, fields: Sequence[str]) -> None:
         check_fields(fields, self._payload, self._uri)
 
     def _meant(self, path: Path) -> bool:
-        hidden = any(name[0] in "._" for name in path.relative_to(self._folder).parts)
-        return not hidden and not path.is_dir()
+        names = path.relative_to(self._folder).parts
+        if any(name[0] == "." or (name[0] == "_" and "=" not in name) for name in names):
+            return False
+        if path.is_dir():
+            return False
+        return path.name.lower().endswith(_SUFFIXES) or _begins_as_parquet(path)
 
 
 class ParquetStore:
@@ -95,8 +135,9 @@ class ParquetStore:
     def open(cls, uri: str, *, read_only: bool) -> ParquetFile | ParquetFolder:
         """Open ``parquet:PATH``, a file or a folder.
 
-        Options after a question mark: ``id`` and ``vector``, names of columns; ``metric``:
-        ``cosine`` (the default), ``dot`` or ``euclid``, as the application compares vectors.
+        Options after a question mark: ``id`` and ``vector``, names of columns (``id=-`` for
+        positions, ``vector=emb_*`` for one column a dimension); ``metric``: ``cosine`` (the
+        default), ``dot`` or ``euclid``, as the application compares vectors.
         """
         path, options = _parse(uri)
         if path.is_dir():
@@ -106,13 +147,28 @@ class ParquetStore:
         return store
 
 
-def _one(folder: Path, path: Path, options: Options, payload: tuple[str, ...]) -> ParquetFolder:
+class _Shared(NamedTuple):
+    folder: Path
+    options: Options
+    payload: tuple[str, ...]
+    positional: bool
+    texts: bool
+
+
+def _one(shared: _Shared, path: Path, shift: int) -> ParquetFolder:
     """Open one of the files of a folder as a store of its rows."""
     store = ParquetFolder.__new__(ParquetFolder)
-    store._folder, store._options, store._payload = folder, options, payload
-    uri = options.address(path)
-    Parted.__init__(store, uri, folder, [ParquetFile(path, options)], [0])
+    store._folder, store._options, store._payload, store._positional, store._texts = shared
+    files = store._files([path], read_only=False)
+    Parted.__init__(store, shared.options.address(path), shared.folder, files, [shift])
     return store
+
+
+def _begins_as_parquet(path: Path) -> bool:
+    if not has_file(path):
+        return False
+    with disk_errors(path), open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def _parse(uri: str) -> tuple[Path, Options]:
@@ -145,12 +201,12 @@ def _check(stores: Sequence[ParquetFile], uri: str) -> tuple[str, ...]:
         refuse_refined(info)
     if len({store.ids.dtype.kind for store in stores}) > 1:
         raise DataError(f"{uri}: ids are text in some files, and numbers in others")
-    ids = np.sort(np.concatenate([store.ids for store in stores]))
-    twice = ids[1:][ids[1:] == ids[:-1]]
-    if len(twice):
-        raise DataError(
-            f"{uri}: {len(np.unique(twice)):,} ids (such as {id_names(twice[:1])[0]}) stand for "
-            "several rows; every row needs an id of its own"
-        )
+    kinds = {(info.positional, info.exact) for info in infos}
+    if len(kinds) > 1:
+        what = "a column of ids" if len({info.positional for info in infos}) > 1 else "float16"
+        raise DataError(f"{uri}: some files have {what}, and others have not; write all alike")
+    if not infos[0].positional:
+        ids = np.sort(np.concatenate([store.ids for store in stores]))
+        refuse_repeated(ids[1:][ids[1:] == ids[:-1]], stores[0].key, uri)
     shared = set.intersection(*(set(store.payload) for store in stores))
     return tuple(name for name in stores[0].payload if name in shared)

@@ -7,6 +7,7 @@ was refined by itself before the others were.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,21 @@ def refuse_part(path: Path) -> None:
     Raises:
         ConfigError: It is.
     """
-    note = part_note(path)
+    refuse(path, part_note(path), note_file(path))
+
+
+def refuse(path: Path, note: Mapping[str, Any] | None, file: Path) -> None:
+    """Refuse a file on which there is a note, in another file.
+
+    Raises:
+        ConfigError: There is one.
+    """
     if note is not None:
         index = note["index"]
         raise ConfigError(
             f"{path} was refined as a part of {index}; give that instead, or undo it first: "
             f"simskip rollback {shlex.quote(index)}. Only if another file took its place, remove "
-            f"{note_file(path)}"
+            f"{file}"
         )
 
 

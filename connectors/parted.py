@@ -161,16 +161,15 @@ class Parted:
 
     def marker(self) -> Mapping[str, Any] | None:
         """Return the note of who refined the parts; see `Marked.marker`."""
-        notes = (part_note(part.store.path) for part in self._parts)
+        notes = (self._note(part.store) for part in self._parts)
         return next((note for note in notes if note is not None), None)
 
     def mark(self, note: Mapping[str, Any] | None) -> None:
         """Leave a note beside each part; see `Marked.mark`."""
         self._writable()
         for part in self._parts:
-            write_note(
-                note_file(part.store.path), None if note is None else {**note, "index": self._uri}
-            )
+            told = None if note is None else {**note, "index": self._uri}
+            self._leave_note(part.store, told)
 
     def sweep(self) -> None:
         """Remove what a killed write left behind; see `LeavesFiles.sweep`."""
@@ -195,6 +194,14 @@ class Parted:
         if any(self._shifts[1:]):
             self._shifts = _starts(stores)
         self._take(stores)
+
+    def _note(self, part: PartFile) -> Mapping[str, Any] | None:
+        """Return the note beside a part; None where there is none."""
+        return part_note(part.path)
+
+    def _leave_note(self, part: PartFile, note: Mapping[str, Any] | None) -> None:
+        """Leave a note beside a part, durably; None takes it away."""
+        write_note(note_file(part.path), note)
 
     def _opener(self, path: Path, shift: int) -> Callable[[], RowStore]:
         """Return what opens one file as a store of the same rows, in any process."""

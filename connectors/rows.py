@@ -35,6 +35,12 @@ class RowOrder:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def repeated(self) -> Ids:
+        """Ids that stand for several rows, each at least once, shape (m,)."""
+        ordered = self.ids[self._by_id]
+        return np.asarray(ordered[1:][ordered[1:] == ordered[:-1]])
+
     def positions(self, ids: Ids) -> Positions:
         """Find the rows of these ids, shape (len(ids),).
 

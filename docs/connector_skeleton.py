@@ -1,10 +1,10 @@
-"""A connector in one file: rows of a NumPy archive, addressed as ``npz:PATH``.
+"""A connector in one file: rows of a NumPy archive, addressed as ``archive:PATH``.
 
 Copy it, and replace what reads and writes the archive by calls of your store. Register the class
 in your package, and `simskip` finds it::
 
     [project.entry-points."simskip_vdb.connectors"]
-    npz = "your_package.your_module:NpzStore"
+    archive = "your_package.your_module:NpzStore"
 """
 
 import os
@@ -23,7 +23,7 @@ class NpzStore:
 
     def __init__(self, path, *, read_only=False):
         self._path, self._read_only = Path(path), read_only
-        self._uri = f"npz:{path}"  # without secrets: it is shown and logged
+        self._uri = f"archive:{path}"  # without secrets: it is shown and logged
         try:
             with np.load(self._path, allow_pickle=False) as archive:
                 self._vectors = archive["vectors"].astype(np.float32)
@@ -37,7 +37,7 @@ class NpzStore:
     @classmethod
     def open(cls, uri, *, read_only):
         """Open what the address names; this is what the entry point is asked for."""
-        return cls(uri.removeprefix("npz:"), read_only=read_only)
+        return cls(uri.removeprefix("archive:"), read_only=read_only)
 
     def info(self):
         count, dim = self._vectors.shape

@@ -74,7 +74,8 @@ def cli(verbose: bool) -> None:
     parameters. One command undoes it. Try `simskip demo`.
 
     INDEX is a URI: faiss:PATH, or a plain path to a FAISS file ('faiss:FOLDER/part*.faiss' for
-    several that are one index); parquet:PATH, a file or a folder; qdrant://HOST:PORT/COLLECTION and
+    several that are one index); parquet:PATH, a file or a folder; npy:FILE, npz:FILE?key=K and
+    safetensors:FILE?key=K, or a plain path that ends so; qdrant://HOST:PORT/COLLECTION and
     qdrant+https://…; qdrant-edge:PATH; qdrant-local:PATH?collection=NAME; each with ?vector=NAME
     where vectors have names.
     """

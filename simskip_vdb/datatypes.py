@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 Vectors = NDArray[np.float32]
 """Row vectors, shape (n, d)."""
 Ids = NDArray[Any]
-"""Row ids, shape (n,): int64 in FAISS; in Qdrant text, dtype S44; in Parquet either."""
+"""Row ids, shape (n,): int64 in FAISS; in Qdrant text, dtype S44; in files either, and text of any
+length."""
 ID_TEXT = np.dtype("S44")
 """Row ids that are text, in UTF-8: in Qdrant a number or a UUID, and behind ``#`` which vector of
-several it is."""
+several it is. Where ids are longer, `id_text` makes room."""
 Mask = NDArray[np.bool_]
 """A choice among rows, shape (n,)."""
 Cursor = int | str
@@ -34,6 +35,17 @@ def id_names(ids: Ids) -> list[str]:
     if ids.dtype.kind == "S":
         return [i.decode("utf-8", "replace") for i in ids.tolist()]
     return [str(i) for i in ids.tolist()]
+
+
+def id_text(texts: Sequence[bytes] | NDArray[Any]) -> Ids:
+    """Return row ids that are text, given as bytes, in as wide a type as they need, shape (n,)."""
+    found = np.asarray(texts)
+    if found.dtype.kind == "O":
+        found = found.astype(np.bytes_)
+    if not len(found):
+        return np.empty(0, ID_TEXT)
+    width = max(ID_TEXT.itemsize, -(-found.dtype.itemsize // 4) * 4)  # whole words, to be hashed
+    return found.astype(f"S{width}")
 
 
 def silent(stage: str, done: int, total: int) -> None:

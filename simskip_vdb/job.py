@@ -21,7 +21,11 @@ from simskip_vdb.journal import IN_PLACE, NEW_COLLECTION, NEW_VECTOR
 from simskip_vdb.judgments import JudgmentFiles, misfits
 
 ALERT, ROLL_BACK = "alert", "rollback"
-_MODES = {"faiss": (IN_PLACE,), "parquet": (IN_PLACE,), "qdrant-edge": (IN_PLACE, NEW_VECTOR)}
+_ARRAYS = ("npy", "npz", "safetensors")
+_MODES = {
+    **dict.fromkeys(("faiss", "parquet", *_ARRAYS), (IN_PLACE,)),
+    "qdrant-edge": (IN_PLACE, NEW_VECTOR),
+}
 """What can be written, where not every mode can."""
 _PAYLOAD = ("doc_id_field", "group_field", "filter", "guard_field")
 _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
@@ -29,6 +33,7 @@ _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     faiss=(_PAYLOAD, "rows of {} have no payload"),
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     qdrant=(("originals",), "{} holds its vectors itself"),
+    **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
 )
 """Keys that mean nothing to a scheme, and why."""
 
@@ -178,7 +183,7 @@ def identity(job: Job) -> object:
     place, _, query = job.index.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     rest = place.partition(":")[2]
-    if scheme in ("parquet", "qdrant-edge", "qdrant-local"):
+    if scheme in ("parquet", *_ARRAYS, "qdrant-edge", "qdrant-local"):
         rest = os.path.realpath(unquote(rest))
     elif scheme in ("qdrant", "qdrant+https"):
         parts = urlsplit(place)
@@ -187,4 +192,4 @@ def identity(job: Job) -> object:
     rows = job.filter or options.get("filter")
     with suppress(ConfigError):
         rows = filter_text(parse_filter(rows))
-    return scheme, rest, *map(options.get, ("collection", "vector", "shard_key")), rows
+    return scheme, rest, *map(options.get, ("collection", "vector", "key", "shard_key")), rows

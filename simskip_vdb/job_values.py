@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from urllib.parse import unquote
 
-from simskip_vdb.connectors import known_schemes, scheme_of
+from simskip_vdb.connectors import full_address, known_schemes, scheme_of
 from simskip_vdb.connectors.addresses import address_of
 from simskip_vdb.redaction import holds_secret, redacted
 
@@ -201,8 +201,8 @@ def path_to(value: object, base: Path) -> Path:
 
 
 def address(value: object, base: Path) -> str:
-    """Take the URI of an index; paths in it become absolute, and a plain path ``faiss:PATH``."""
-    uri = text(value, base)
+    """Take the URI of an index; paths in it become absolute, and plain ones get a scheme."""
+    uri = full_address(text(value, base), base)
     scheme = scheme_of(uri, base)
     if scheme not in known_schemes():
         raise WrongValue(
@@ -211,7 +211,7 @@ def address(value: object, base: Path) -> str:
         )
     if scheme == "faiss":
         return f"faiss:{path_to(uri.removeprefix('faiss:'), base)}"
-    if scheme not in ("parquet", "qdrant-edge", "qdrant-local"):
+    if scheme not in ("parquet", "npy", "npz", "safetensors", "qdrant-edge", "qdrant-local"):
         return uri
     place, mark, options = uri.partition(":")[2].partition("?")
     return address_of(scheme, str(path_to(unquote(place), base)), {}) + mark + options

@@ -368,6 +368,8 @@ def _written(index: str, written: Mapping[str, Any]) -> list[str]:
     lines.append(f"undo: {undo_command(index)}")
     if index.startswith("faiss:"):
         lines.append("Reload your application: one that runs still holds the old index.")
+    elif index.startswith(("npy:", "npz:", "safetensors:")):
+        lines.append("Reload your application: one that runs still holds the old vectors.")
     return lines
 
 

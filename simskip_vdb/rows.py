@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import ID_TEXT, Ids, Positions, Vectors
+from simskip_vdb.datatypes import ID_TEXT, Ids, Positions, Vectors, id_text
 from simskip_vdb.errors import JournalError
 
 Digests = NDArray[np.uint64]
@@ -189,18 +189,29 @@ def ids_from_arrow(column: Any) -> Ids:  # noqa: ANN401 pyarrow
     import pyarrow as pa
 
     if pa.types.is_string(column.type):
-        texts = column.cast(pa.binary()).to_numpy(zero_copy_only=False)
-        return np.asarray(texts).astype(ID_TEXT)
+        return id_text(column.cast(pa.binary()).to_numpy(zero_copy_only=False))
     return np.asarray(column.to_numpy())
 
 
 def hash_ids(ids: Ids, seed: int) -> Digests:
     """Hash row ids to numbers spread evenly over 64 bits, shape (n,), the same in every run."""
     if ids.dtype.kind == "S":
-        text = np.ascontiguousarray(ids.astype(ID_TEXT)).view(np.uint32)
-        ids = row_digests(text.reshape(len(ids), -1).view(np.float32)).view(np.int64)
+        ids = _text_digests(id_text(ids)).view(np.int64)
     mixed = ids.astype(np.int64).view(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % 2**64)
     return _splitmix(mixed)
+
+
+def _text_digests(ids: Ids) -> Digests:
+    """Hash ids that are text, the same whatever the width of their type."""
+    width = ids.dtype.itemsize
+    digests = row_digests(_words(ids))
+    beyond, usual = (row_digests(_words(np.zeros(1, f"S{w}"))) for w in (width, ID_TEXT.itemsize))
+    return digests - (beyond - usual)  # what zeros behind the usual width add
+
+
+def _words(ids: Ids) -> Vectors:
+    words = np.ascontiguousarray(ids).view(np.uint32).reshape(len(ids), ids.dtype.itemsize // 4)
+    return words.view(np.float32)
 
 
 def _splitmix(words: Digests) -> Digests:

@@ -13,6 +13,8 @@ from simskip_vdb.errors import ConfigError, JournalError
 from simskip_vdb.store import VectorStore, abilities
 
 POINTER = "state-is-elsewhere"
+DIGITS = "digits"
+"""Folder in the usual place where stores keep what float32 does not hold of originals."""
 
 
 def state_folder(store: VectorStore, override: Path | None) -> Path:

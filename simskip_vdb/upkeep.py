@@ -11,7 +11,7 @@ from typing import Any
 
 from simskip_vdb.attempts import Attempt
 from simskip_vdb.datatypes import Progress, StoreInfo, silent
-from simskip_vdb.durable import has_file, write_durably
+from simskip_vdb.durable import disk_errors, has_file, write_durably
 from simskip_vdb.errors import ConfigError, MissingDependencyError
 from simskip_vdb.journal import Journal
 from simskip_vdb.ledger import Ledger
@@ -21,7 +21,7 @@ from simskip_vdb.reindex import recover
 from simskip_vdb.reindex import rollback as roll_back
 from simskip_vdb.report import undo_command
 from simskip_vdb.runs import Runs, record
-from simskip_vdb.state_place import forget_elsewhere, state_folder
+from simskip_vdb.state_place import DIGITS, forget_elsewhere, state_folder
 from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import holds
 
@@ -171,6 +171,7 @@ def prune(
             removed.append(journal.fits.name)
         if final:
             removed += journal.forget_kept()
+            removed += _forget_digits(info) if journal.manifest.current is None else []
         if runs is not None:
             removed += Runs(folder).prune(runs)
         left = journal.size
@@ -189,6 +190,16 @@ def prune(
         "left": left,
         "notes": notes,
     }
+
+
+def _forget_digits(info: StoreInfo) -> list[str]:
+    """Let go of the digits of originals that were brought back; return what was removed."""
+    digits = None if info.state is None else info.state / DIGITS
+    if digits is None or not digits.is_dir():
+        return []
+    with disk_errors(digits):
+        shutil.rmtree(digits)
+    return [digits.name]
 
 
 def _known(folder: Path, info: StoreInfo) -> Journal:

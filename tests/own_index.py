@@ -20,6 +20,7 @@ from simskip_vdb.connectors import open_store
 from simskip_vdb.store import VectorStore
 
 N, D = 300, 12
+LISTS = {"parquet": "fixed", "double": "double"}
 
 
 class Opened:
@@ -68,15 +69,18 @@ class Index(Opened):
         rng = np.random.default_rng(3)
         self.kind, self.folder = kind, folder
         self.vectors = rng.normal(size=(n, D)).astype(np.float32)
-        self.ids = np.arange(n) if kind == "flat" else np.arange(n) * 7 + 3
+        self.ids = np.arange(n) if kind in ("flat", "array") else np.arange(n) * 7 + 3
         self.points = self.ids.tolist()
         self.path = folder / "index"
         if kind == "flat":
             flat(self.path, self.vectors)
         elif kind == "ivf":
             ivf(self.path, self.ids, self.vectors)
-        elif kind == "parquet":
-            write_rows(self.path, self.ids, self.vectors)
+        elif kind in ("parquet", "double"):
+            write_rows(self.path, self.ids, self.vectors, lists=LISTS[kind])
+        elif kind in ("array", "npy"):
+            put_array(self.path, self.vectors)
+            np.save(folder / "ids.npy", self.ids)
         else:
             make(self.path, self.points, self.vectors)
             self.ids = row_ids(self.points)
@@ -85,8 +89,10 @@ class Index(Opened):
 
     @property
     def uri(self) -> str:  # type: ignore[override] # it follows the path
-        scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(self.kind, "faiss")
-        return f"{scheme}:{self.path}" + ("?metric=dot" if scheme == "parquet" else "")
+        schemes = {"edge": "qdrant-edge", "double": "parquet", "array": "npy"}
+        scheme = schemes.get(self.kind, self.kind if self.kind in ("parquet", "npy") else "faiss")
+        told = "?metric=dot" if scheme in ("parquet", "npy") else ""
+        return f"{scheme}:{self.path}{told}" + ("&ids=ids.npy" if self.kind == "npy" else "")
 
     def refine(self, name: str) -> ss.Report:
         return self.refine_by(self.folder / name)
@@ -107,8 +113,10 @@ class Index(Opened):
             flat(self.path, vectors)
         elif self.kind == "ivf":
             ivf(self.path, np.array(self.points), vectors)
-        elif self.kind == "parquet":
-            write_rows(self.path, np.array(self.points), vectors)
+        elif self.kind in ("parquet", "double"):
+            write_rows(self.path, np.array(self.points), vectors, lists=LISTS[self.kind])
+        elif self.kind in ("array", "npy"):
+            put_array(self.path, vectors)
         else:
             put(self.path, dict(rows))
 
@@ -118,6 +126,11 @@ class Index(Opened):
             wanted = ss.Refiner.load(self.folder / name).refine_rows(self.vectors, self.ids)
         same = np.allclose(self.array(), wanted, atol=1e-6 if name else 0)
         return len(self.rows()) == len(self.points) and bool(same)
+
+
+def put_array(path: Path, vectors: Any) -> None:  # noqa: ANN401 rows of a file
+    with open(path, "wb") as file:
+        np.save(file, vectors)
 
 
 def put_file(copy: Path, path: Path) -> None:

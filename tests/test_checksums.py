@@ -50,7 +50,7 @@ def folder(tmp_path: Path, rng: np.random.Generator) -> Path:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.parquet"))
+    return sorted(folder.glob("[!.]*.parquet"))
 
 
 def assert_fit(folder: Path) -> None:

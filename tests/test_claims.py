@@ -29,7 +29,7 @@ from simskip_vdb.journal import Journal
 N, D = 60, 8
 
 
-@pytest.fixture(params=["faiss", "parquet", "qdrant-edge"])
+@pytest.fixture(params=["faiss", "parquet", "npy", "qdrant-edge"])
 def uri(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator) -> str:
     path, ids = tmp_path / "index", np.arange(N) * 3
     rows = rng.normal(size=(N, D)).astype(np.float32)
@@ -37,10 +37,14 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
         ivf(path, ids, rows)
     elif request.param == "parquet":
         write_rows(path, ids, rows)
+    elif request.param == "npy":
+        ids = np.arange(N)
+        with open(path, "wb") as file:
+            np.save(file, rows.astype(np.float64))
     else:
         make(path, ids.tolist(), rows)
         ids = row_ids(ids.tolist())
-    metric = "cosine" if request.param == "parquet" else "dot"
+    metric = "cosine" if request.param in ("parquet", "npy") else "dot"
     random_refiner(D, ids, metric=Metric(metric)).save(tmp_path / "refiner")
     return f"{request.param}:{path}"
 
@@ -249,7 +253,7 @@ def done(first: bool, second: bool) -> list[str]:
     return ["A"] * first + ["B"] * second or [""]
 
 
-@pytest.mark.parametrize("kind", ["faiss", "parquet"])
+@pytest.mark.parametrize("kind", ["faiss", "parquet", "npy"])
 @pytest.mark.parametrize("states", [(None, None), ("one", "two"), (None, "two"), ("one", None)])
 def test_two_operators_at_one_file_leave_the_rows_of_one(
     kind: str,
@@ -270,11 +274,16 @@ def test_two_operators_at_one_file_leave_the_rows_of_one(
         folder = tmp_path / str(at)
         folder.mkdir()
         path = folder / "index"
-        uri = f"faiss:{path}" if kind == "faiss" else f"parquet:{path}?metric=dot"
+        uri = f"faiss:{path}" if kind == "faiss" else f"{kind}:{path}?metric=dot"
         if kind == "faiss":
             ivf(path, ids, rows)
-        else:
+        elif kind == "parquet":
             write_rows(path, ids, rows)
+        else:
+            np.save(folder / "ids.npy", ids)
+            uri += "&ids=ids.npy"
+            with open(path, "wb") as file:
+                np.save(file, rows)
         first_file = path.read_bytes()
         places = [None if name is None else folder / name for name in states]
         second: list[bool] = []

@@ -131,7 +131,7 @@ def test_an_address_leads_where_it_was_taken(place: str, options: dict[str, str]
 
 
 @pytest.mark.parametrize("name", ["a%20b", "50%25", "a?b", "a&b=c", "a#b", "a+b", "ä b", "x" * 245])
-@pytest.mark.parametrize("kind", ["faiss", "parquet", "edge", "local"])
+@pytest.mark.parametrize("kind", ["faiss", "parquet", "npy", "npz", "edge", "local"])
 def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, name: str) -> None:
     path, rows = tmp_path / name, np.eye(4, dtype=np.float32)
     if kind == "faiss":
@@ -140,6 +140,11 @@ def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, na
     elif kind == "parquet":
         write_rows(path, np.arange(4), rows)
         uri = address_of("parquet", str(path), {})
+    elif kind in ("npy", "npz"):
+        with open(path, "wb") as file:
+            held: Any = {"a&b": rows, "c": rows}
+            np.save(file, rows) if kind == "npy" else np.savez(file, **held)
+        uri = address_of(kind, str(path), {"key": "a&b"} if kind == "npz" else {})
     elif kind == "edge":
         make(path, list(range(4)), rows)
         uri = address_of("qdrant-edge", str(path), {})
@@ -157,20 +162,23 @@ def test_the_address_that_is_shown_opens_the_index(tmp_path: Path, kind: str, na
 
 
 @pytest.mark.parametrize("length", [200, 235, 243, 255])
-@pytest.mark.parametrize("kind", ["flat", "lists", "parquet", "edge"])
+@pytest.mark.parametrize("kind", ["flat", "lists", "parquet", "npy", "edge"])
 def test_a_name_however_long_is_refined_and_restored(
     tmp_path: Path, kind: str, length: int
 ) -> None:
     path, ids = tmp_path / ("x" * length), np.arange(200)
     rows = np.random.default_rng(1).normal(size=(200, 4)).astype(np.float32)
-    scheme = {"parquet": "parquet", "edge": "qdrant-edge"}.get(kind, "faiss")
-    options = {"metric": "dot"} if kind == "parquet" else {}
+    scheme = {"parquet": "parquet", "npy": "npy", "edge": "qdrant-edge"}.get(kind, "faiss")
+    options = {"metric": "dot"} if kind in ("parquet", "npy") else {}
     if kind == "flat":
         flat(path, rows)
     elif kind == "lists":
         ivf(path, ids, rows)
     elif kind == "parquet":
         write_rows(path, ids, rows)
+    elif kind == "npy":
+        with open(path, "wb") as file:
+            np.save(file, rows.astype(np.float64))
     else:
         make(path, ids.tolist(), rows)
         ids = row_ids(ids.tolist())
@@ -210,13 +218,13 @@ def test_the_address_of_a_server_may_name_a_vector(scheme: str) -> None:
     assert (target.collection, target.vector, target.filter) == ("docs", "text", "a=b")
 
 
-@pytest.mark.parametrize("uri", ["parquet:/x%00", "qdrant-edge:/x%00", "faiss:/x\0y"])
+@pytest.mark.parametrize("uri", ["parquet:/x%00", "npz:/x%00", "qdrant-edge:/x%00", "faiss:/x\0y"])
 def test_an_address_with_a_zero_byte_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="byte 0"):
         open_store(uri)
 
 
-@pytest.mark.parametrize("scheme", ["faiss", "parquet", "qdrant-edge", "qdrant-local"])
+@pytest.mark.parametrize("scheme", ["faiss", "parquet", "npy", "qdrant-edge", "qdrant-local"])
 def test_a_name_that_no_file_can_have_is_not_found(scheme: str) -> None:
     with pytest.raises(StoreNotFoundError, match="so many characters"):
         open_store(f"{scheme}:/{'x' * 5000}")

@@ -175,7 +175,7 @@ def test_rows_that_moved_to_another_partition_are_not_refined_twice(
         with pytest.raises(Killed):
             desk.refine()
     turns.at = None
-    parts = [raw_rows(path) for path in sorted(desk.folder.glob("*.parquet"))]
+    parts = [raw_rows(path) for path in sorted(desk.folder.glob("[!.]*.parquet"))]
     ids, vectors = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
     order = np.random.default_rng(0).permutation(N)
     for part, rows in enumerate(np.split(order, PARTS)):

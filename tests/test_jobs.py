@@ -159,6 +159,10 @@ search_params.k_factor = 2
     ("faiss:shards/part*.faiss", "faiss:{base}/shards/part*.faiss"),
     ("./odd:name", "faiss:{base}/odd:name"),
     ("faiss:~/p.faiss", "faiss:{home}/p.faiss"),
+    ("rows.parquet?id=sku", "parquet:{base}/rows.parquet?id=sku"),
+    ("e.npy", "npy:{base}/e.npy"),
+    ("npz:~/e.npz?key=a", "npz:{home}/e.npz?key=a"),
+    ("e.safetensors?key=a&ids=b", "safetensors:{base}/e.safetensors?key=a&ids=b"),
     ("qdrant-edge:shard?vector=a%2Fb", "qdrant-edge:{base}/shard?vector=a%2Fb"),
     ("qdrant-edge:/data/x", "qdrant-edge:/data/x"),
     ("qdrant-local:db?collection=c", "qdrant-local:{base}/db?collection=c"),
@@ -252,7 +256,7 @@ device = "gpu"
     ("index", "''", "index is empty"),
     ("index", '"a\\nb"', "holds a line break"),
     ("index", '"a\\u0000b"', "holds a line break or another"),
-    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, parquet, qdrant, "),
+    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, npy, npz, parquet, "),
     ("queries", "'nowhere.npy'", "nowhere.npy, which does not exist; give a file"),
     ("qrels", "'clicks'", "clicks, which is a folder; give a file"),
     ("judgments", "'q.npy'", "q.npy, which is a file; create the folder"),
@@ -365,6 +369,8 @@ def test_conflicts_with_a_default_have_its_line(desk: Desk) -> None:
     ("qdrant://localhost/c", "qdrant://localhost/d", False),
     ("qdrant-edge:s?vector=a", "qdrant-edge:%73?vector=a", True),
     ("qdrant-local:s?collection=a", "qdrant-local:s?collection=b", False),
+    ("e.npz?key=a", "npz:./e.npz?key=a&metric=dot", True),
+    ("e.npz?key=a", "e.npz?key=b", False),
     ("qdrant://h/c?filter=a%3D1", "qdrant://h/c?filter=a%3D2", False),
 ])  # fmt: skip
 def test_two_jobs_of_one_index_are_refused(desk: Desk, one: str, other: str, same: bool) -> None:

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 class Ownership(RuleBasedStateMachine):
     """An index, whose vector is in each row, and every moment that somebody may bring back."""
 
-    @initialize(kind=st.sampled_from(["flat", "ivf", "parquet", "edge"]))
+    @initialize(kind=st.sampled_from(["flat", "ivf", "parquet", "double", "npy", "array", "edge"]))
     def make(self, kind: str) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.index = Index(Path(self.folder.name), kind, COUNT)

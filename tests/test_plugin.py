@@ -37,7 +37,7 @@ class TestSkeleton(RowContract):
 
     def make_store(self, ids: Ids, vectors: Vectors, metric: Metric) -> VectorStore:
         np.savez(self.path, ids=ids, vectors=vectors, metric=metric.value)
-        store: VectorStore = load().NpzStore.open(f"npz:{self.path}", read_only=False)
+        store: VectorStore = load().NpzStore.open(f"archive:{self.path}", read_only=False)
         return store
 
     def raw_rows(self, store: VectorStore) -> tuple[Ids, Vectors]:
@@ -63,7 +63,9 @@ def site(tmp_path: Path) -> Path:
     info.mkdir(parents=True)
     (site / "simskip_npz.py").write_text(SKELETON.read_text())
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: simskip-npz\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[simskip_vdb.connectors]\nnpz = simskip_npz:NpzStore\n")
+    (info / "entry_points.txt").write_text(
+        "[simskip_vdb.connectors]\narchive = simskip_npz:NpzStore\n"
+    )
     return site
 
 
@@ -75,7 +77,7 @@ def test_an_installed_connector_is_found_by_its_entry_point(site: Path, tmp_path
     done = subprocess.run(
         [
             *(sys.executable, "-c", "from simskip_vdb.cli import main; main()"),
-            *("inspect", f"npz:{tmp_path / 'rows.npz'}", *state),
+            *("inspect", f"archive:{tmp_path / 'rows.npz'}", *state),
         ],
         env=environment,
         capture_output=True,

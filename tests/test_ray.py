@@ -100,7 +100,7 @@ class Desk:
 
     def rows(self, place: str) -> bytes:
         if self.kind == "parquet":
-            files = sorted(self.places[place].glob("*.parquet"))
+            files = sorted(self.places[place].glob("[!.]*.parquet"))
             return b"".join(raw_rows(path)[1].tobytes() for path in files)
         return b"".join(b.vectors.tobytes() for b in open_store(self.uri(place)).scan(500))
 

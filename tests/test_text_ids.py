@@ -61,14 +61,9 @@ def test_text_of_every_type_and_language(tmp_path: Path, rows: Any, kind: str) -
 @pytest.mark.parametrize(
     ("column", "error"),
     [
-        (
-            pa.array([b"\xff\xfe"] + [b"x%d" % i for i in range(N - 1)]).cast(pa.binary()),
-            "holds binary",
-        ),
+        (pa.array([i + 0.5 for i in range(N)]), "holds double"),
         (pa.array(["a\0b"] + [f"x{i}" for i in range(N - 1)]), "zero bytes"),
         (pa.array([""] + [f"x{i}" for i in range(N - 1)]), "empty text"),
-        (pa.array([2**63 + i for i in range(N)], pa.uint64()), "as text"),
-        (pa.array(["ß" * 23] + [f"x{i}" for i in range(N - 1)]), "over 44 bytes"),
     ],
 )
 def test_ids_that_cannot_be_held_are_refused(
