@@ -126,6 +126,26 @@ class ExactSearch(Search):
         )
 
 
+def without_own(found: Neighbors, own: Positions, k: int) -> Neighbors:
+    """Leave each query's own row out of an answer, and keep the k best of the rest.
+
+    Args:
+        found: Positions and scores, each of shape (q, K); with K above k, k others are there.
+        own: Position of each query's own row, shape (q,); -1 for none.
+        k: Rows wanted for each query.
+
+    Returns:
+        Positions and scores, each of shape (q, min(k, K)).
+    """
+    itself = (found.ids == own[:, None]) & (own >= 0)[:, None]
+    order = np.argsort(itself, axis=1, kind="stable")[:, :k]
+    ids = np.where(itself, -1, found.ids)
+    scores = np.where(itself, -np.inf, found.scores).astype(found.scores.dtype)
+    return Neighbors(
+        ids=np.take_along_axis(ids, order, axis=1), scores=np.take_along_axis(scores, order, axis=1)
+    )
+
+
 def pair_scores(queries: Floats, rows: Floats, metric: Metric) -> Scores:
     """Score queries against rows pair by pair, in float64; higher is better.
 
