@@ -446,10 +446,11 @@ def _prepare(
     index: str, options: dict[str, Any], *, read_only: bool = False
 ) -> tuple[Any, Any, Any]:
     """Read everything that the options name, before anything else happens."""
+    from simskip_vdb.clicks import gather
     from simskip_vdb.config import FitSettings, Signal
     from simskip_vdb.connectors import open_store
     from simskip_vdb.datatypes import Side
-    from simskip_vdb.judgments import JudgmentFiles, read_judgments
+    from simskip_vdb.judgments import JudgmentFiles
     from simskip_vdb.pipeline import Settings
 
     names = [name.replace("-", "_") for name, _ in shared.JUDGMENT_FILES]
@@ -464,8 +465,8 @@ def _prepare(
     fields = {name: options.pop(name) for name in ("doc_id_field", "group_field")}
     opening = ("originals", "originals_ids", "filter", "guard_field")
     store = {name: options.pop(name, None) for name in opening}
+    judgments = gather(files, options.pop("clicks"), **fields)
     settings = Settings(fit=fitting, search_params=params, **options)
-    judgments = read_judgments(files, **fields)
     return open_store(index, read_only=read_only, **store), judgments, settings
 
 

@@ -61,6 +61,11 @@ judgments = _together(
         for name, text in JUDGMENT_FILES
     ),
     click.option(
+        "--clicks",
+        type=click.Path(exists=True, path_type=Path),
+        help="Click logs, a file or a folder: JSON lines, Parquet, CSV, or OpenSearch's UBI.",
+    ),
+    click.option(
         "--doc-id-field", metavar="FIELD", help="Payload field of a row that holds your id of it."
     ),
     click.option("--group-field", metavar="FIELD", help="Payload field that holds a row's group."),

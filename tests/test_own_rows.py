@@ -33,7 +33,7 @@ def rows_of_groups(seed: int = 3) -> tuple[Vectors, Any]:
 
 def answers(groups: Any, count: int) -> dict[int, int]:  # noqa: ANN401
     """Return another row of the group of each of the first rows that have one."""
-    found = {}
+    found: dict[int, int] = {}
     for row in range(ROWS):
         others = np.flatnonzero((groups == groups[row]) & (np.arange(ROWS) != row))
         if len(others) and len(found) < count:
@@ -108,6 +108,7 @@ def test_a_querys_own_row_is_no_result_in_any_search(tmp_path: Path, kind: str) 
         ).any()
     expected = reciprocal_rank(x, of, queries)
     assert before.measures["RR"]["before"] == pytest.approx(expected, abs=1e-6)
+    assert before.ann_recall is not None
     assert before.ann_recall["before"] > (0.999 if kind != "HNSW16,Flat" else 0.9)
     if "HNSW" not in kind:
         assert before.through_index["RR"]["before"] == pytest.approx(expected, abs=1e-6)
