@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -44,6 +45,11 @@ PLAIN = str.maketrans(
     {"·": "-", "×": "x", "–": "-", "→": "->", "…": "...", "α": "alpha", "β": "beta", "±": "+-"}
 )
 """What our own signs become where a stream is not Unicode; its readers may take it for anything."""
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Return sentences that begin a line as paragraphs of their own."""
+    return re.split(r"(?<=\.)\n", text)
 
 
 class _Command(click.Command):
@@ -115,7 +121,7 @@ def _fail(message: str, kind: str, code: int) -> int:
     return code
 
 
-@cli.command()
+@cli.command(short_help="Watch an index get better and get restored, on real data.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -139,7 +145,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         _print_json(result)
 
 
-@cli.command()
+@cli.command(short_help="Show what an index is, its health, and what to do next.")
 @shared.index
 @shared.state
 @shared.json
@@ -154,7 +160,7 @@ def inspect(index: str, filter: str | None, state: Path | None, as_json: bool) -
     _print(result, render, as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Fit a refiner and show validation; write nothing.")
 @shared.index
 @shared.judgments
 @shared.originals
@@ -176,7 +182,7 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
     _print(report.to_dict(), render, as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Measure before and after a refiner; write nothing.")
 @shared.index
 @shared.judgments
 @shared.originals
@@ -210,7 +216,10 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     _print(report.to_dict(), render, as_json)
 
 
-@cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")
+@cli.command(
+    epilog="\n\n".join([*_paragraphs(RULES), SPLITS, EXIT_CODES]),
+    short_help="Refine an index, if held-out queries prove a gain.",
+)
 @shared.index
 @shared.judgments
 @shared.originals
@@ -247,16 +256,21 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     \b
     simskip refine faiss:products.faiss --queries q.npy --query-ids q.txt \
         --qrels qrels.tsv --doc-ids ids.txt
-    simskip refine faiss:intents.faiss --labels labels.txt --test-queries q.npy \
-        --test-labels ql.txt --side both --output better.faiss
-    simskip refine "qdrant://localhost:6333/products?vector=text" --queries q.parquet \
-        --qrels qrels.tsv --doc-id-field sku
+    simskip refine faiss:scifact.faiss --qrels beir/scifact
+    simskip refine faiss:shop.faiss --queries q.npy --query-ids q.txt \
+        --clicks ubi --doc-ids ids.txt
+    simskip refine faiss:intents.faiss --labels labels.txt \
+        --test-queries q.npy --test-labels ql.txt --side both \
+        --output better.faiss
+    simskip refine "qdrant://localhost:6333/products?vector=text" \
+        --queries q.parquet --qrels qrels.tsv --doc-id-field sku
     simskip refine qdrant-edge:shard --group-field category
-    simskip refine faiss:shared.faiss --queries q.npy --query-ids q.txt --qrels qrels.tsv \
-        --doc-ids ids.txt --side queries --out refiner
+    simskip refine faiss:shared.faiss --queries q.npy --query-ids q.txt \
+        --qrels qrels.tsv --doc-ids ids.txt --side queries --out refiner
     simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
-    RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows --executor ray --refiner DIR \
-        --queries q.npy --query-ids q.txt --qrels qrels.tsv
+    RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows \
+        --executor ray --refiner DIR --queries q.npy --query-ids q.txt \
+        --qrels qrels.tsv
     """
     from simskip_vdb import pipeline
     from simskip_vdb.report import render
@@ -272,7 +286,7 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     return report.exit_code
 
 
-@cli.command()
+@cli.command(short_help="Restore the vectors from before the refinement.")
 @shared.index
 @shared.originals
 @shared.guard_field
@@ -309,7 +323,7 @@ def rollback(
     _print(result, render_rollback, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Tell whether an index is refined, and how to undo it.")
 @shared.index
 @shared.state
 @shared.json
@@ -323,7 +337,7 @@ def status(index: str, filter: str | None, state: Path | None, as_json: bool) ->
     _print(upkeep.status(store, state=state), render_status, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Remove what is needed neither to go on nor to undo.")
 @shared.index
 @click.option(
     "--final",
@@ -359,7 +373,7 @@ def prune(
     _print(done, render_prune, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Write the page about the last run and the history.")
 @shared.index
 @click.option(
     "--out",
@@ -394,7 +408,7 @@ def report(
     _tell(str(path))
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Look after many indexes, as a job file describes them.")
 @click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Only check the job file, all of it.")
 @click.option("--only", metavar="NAME", multiple=True, help="Run this job; may be repeated.")
