@@ -16,6 +16,7 @@ from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
 from simskip_vdb.own_rows import RowSource, apart_from_own
 from simskip_vdb.parsing import Qrels, RowColumn
+from simskip_vdb.rows import usable_vectors
 from simskip_vdb.splits import MOST_GROUP_JUDGMENTS
 
 
@@ -136,7 +137,10 @@ def judge(given: QuerySet, places: Places, rows: RowSource, notes: Notes) -> Jud
     usable = usable_vectors(given.vectors)
     owners = judged.query_of_judgment()[judged.grades > 0]
     relevant = np.bincount(owners, minlength=len(judged)) > 0
-    notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~usable)
+    plain = np.isfinite(given.vectors).all(axis=1) & given.vectors.any(axis=1)
+    notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~plain)
+    absurd = plain & ~usable
+    notes.add(given.option, "queries with absurdly long or short vectors", given.ids, absurd)
     lacking = usable & ~relevant
     notes.add(given.option, "queries without a relevant known document", given.ids, lacking)
     if not (usable & relevant).any():
@@ -176,14 +180,6 @@ def group_queries(
     rows = members[np.repeat(offsets(sizes)[codes], counts) + within]
     grades = np.ones(len(rows), np.int32)
     return JudgedQueries(ids=ids, vectors=vectors, indptr=indptr, rows=rows, grades=grades)
-
-
-def usable_vectors(vectors: Vectors) -> Mask:
-    """Tell which vectors are finite and not zero, shape (m,)."""
-    # A sum of float32 squares in float64 can neither overflow nor vanish.
-    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-    usable: Mask = np.isfinite(squares) & (squares > 0)
-    return usable
 
 
 def offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:

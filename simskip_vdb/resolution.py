@@ -21,8 +21,8 @@ from simskip_vdb.placing import (
     group_queries,
     judge,
     offsets,
-    usable_vectors,
 )
+from simskip_vdb.rows import usable_vectors
 from simskip_vdb.splits import assign, hold_out, near_identical, row_name
 
 Mask = NDArray[np.bool_]
