@@ -137,7 +137,8 @@ def judge(given: QuerySet, places: Places, rows: RowSource, notes: Notes) -> Jud
     usable = usable_vectors(given.vectors)
     owners = judged.query_of_judgment()[judged.grades > 0]
     relevant = np.bincount(owners, minlength=len(judged)) > 0
-    plain = np.isfinite(given.vectors).all(axis=1) & given.vectors.any(axis=1)
+    finite = np.isfinite(given.vectors).all(axis=1)
+    plain: Mask = np.asarray(finite & given.vectors.any(axis=1))
     notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~plain)
     absurd = plain & ~usable
     notes.add(given.option, "queries with absurdly long or short vectors", given.ids, absurd)
