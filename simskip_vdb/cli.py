@@ -38,8 +38,8 @@ Exit codes:
 SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,
 validation and test; a query never changes its split. Fewer than 150 queries are cross-fitted by
 refine instead: each is scored by one of five refiners that never saw it. Rows of the index that
-are NaN, infinite, zero, or absurdly long or short (norms beyond 1e-15 to 1e15) are left as they
-are."""
+are NaN, infinite or zero are left as they are; nothing is learnt from those, nor from absurdly
+long or short ones (norms beyond 1e-15 to 1e15)."""
 
 
 PLAIN = str.maketrans(

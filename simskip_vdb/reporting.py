@@ -60,8 +60,8 @@ def build_report(
         )
     if bad:
         notes.append(
-            f"{bad:,} rows are NaN, infinite, zero, or absurdly long or short; they stay as they "
-            "are, and nothing is learnt from them"
+            f"{bad:,} rows are NaN, infinite, zero, or absurdly long or short; nothing is learnt "
+            "from them, and what is NaN, infinite or zero stays as it is"
         )
     notes += _sides(space, refiner)
     return Report(

@@ -10,7 +10,6 @@ import pytest
 from judged import make_case
 from script import simskip, simskip_json
 
-import simskip_vdb as ss
 from simskip_vdb.datatypes import Metric
 from simskip_vdb.search import exact_search
 
@@ -43,7 +42,7 @@ def test_exact_search_survives_what_float32_cannot_square(metric: Metric, value:
 
 
 @pytest.mark.parametrize("value", [3e37, 1e-30])
-def test_an_absurd_row_is_counted_and_stays(tmp_path: Path, value: float) -> None:
+def test_an_absurd_row_is_counted_and_not_learnt_from(tmp_path: Path, value: float) -> None:
     case = make_case(tmp_path / "case")
     index = faiss.read_index(str(case.index))
     odd = np.full((1, DIM), value, np.float32)
@@ -56,10 +55,11 @@ def test_an_absurd_row_is_counted_and_stays(tmp_path: Path, value: float) -> Non
     if "\t" not in Path(ids).read_text().splitlines()[0]:
         options = options[: options.index("--doc-ids")] + options[options.index("--doc-ids") + 2 :]
     done = simskip("refine", case.index, *options)
-    assert done.returncode == 0, done.stderr + done.stdout
-    assert "absurdly" in done.stdout
+    # One row of such a length may hide what is gained, and then the gate refuses.
+    assert done.returncode in (0, 3), done.stderr + done.stdout
+    assert "gate: " in done.stdout
+    assert "1 rows are NaN, infinite, zero, or absurdly" in done.stdout
     assert "Warning" not in done.stderr
-    np.testing.assert_array_equal(ss.open_store(str(case.index)).fetch(np.array([10**6])), odd)
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan, 1e30])
