@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
@@ -38,13 +39,19 @@ Exit codes:
 SPLITS = """One set of judgments is split by a hash of the query id, about 60/20/20, into fit,
 validation and test; a query never changes its split. Fewer than 150 queries are cross-fitted by
 refine instead: each is scored by one of five refiners that never saw it. Rows of the index that
-are NaN, infinite or zero are left as they are."""
+are NaN, infinite or zero are left as they are; nothing is learnt from those, nor from absurdly
+long or short ones (norms beyond 1e-15 to 1e15)."""
 
 
 PLAIN = str.maketrans(
     {"·": "-", "×": "x", "–": "-", "→": "->", "…": "...", "α": "alpha", "β": "beta", "±": "+-"}
 )
 """What our own signs become where a stream is not Unicode; its readers may take it for anything."""
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Return sentences that begin a line as paragraphs of their own."""
+    return re.split(r"(?<=\.)\n", text)
 
 
 class _Command(click.Command):
@@ -117,7 +124,7 @@ def _fail(message: str, kind: str, code: int) -> int:
     return code
 
 
-@cli.command()
+@cli.command(short_help="Watch an index get better and get restored, on real data.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -141,7 +148,7 @@ def demo(out: Path, seed: int, as_json: bool) -> None:
         _print_json(result)
 
 
-@cli.command()
+@cli.command(short_help="Show what an index is, its health, and what to do next.")
 @shared.index
 @shared.state
 @shared.json
@@ -156,7 +163,7 @@ def inspect(index: str, filter: str | None, state: Path | None, as_json: bool) -
     _print(result, render, as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Fit a refiner and show validation; write nothing.")
 @shared.index
 @shared.judgments
 @shared.originals
@@ -178,7 +185,7 @@ def fit(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 clic
     _print(report.to_dict(), render, as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Measure before and after a refiner; write nothing.")
 @shared.index
 @shared.judgments
 @shared.originals
@@ -212,7 +219,10 @@ def evaluate(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401
     _print(report.to_dict(), render, as_json)
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(
+    epilog=EXIT_CODES,
+    short_help="Tell what gain the test queries could prove.",
+)
 @shared.index
 @shared.judgments
 @shared.originals
@@ -233,7 +243,10 @@ def power(index: str, as_json: bool, **options: Any) -> None:  # noqa: ANN401 cl
     _print(result, provable.render_power, as_json)
 
 
-@cli.command(epilog=f"{RULES}\n\n{SPLITS}\n\n{EXIT_CODES}")
+@cli.command(
+    epilog="\n\n".join([*_paragraphs(RULES), SPLITS, EXIT_CODES]),
+    short_help="Refine an index, if held-out queries prove a gain.",
+)
 @shared.index
 @shared.judgments
 @shared.originals
@@ -270,16 +283,21 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     \b
     simskip refine faiss:products.faiss --queries q.npy --query-ids q.txt \
         --qrels qrels.tsv --doc-ids ids.txt
-    simskip refine faiss:intents.faiss --labels labels.txt --test-queries q.npy \
-        --test-labels ql.txt --side both --output better.faiss
-    simskip refine "qdrant://localhost:6333/products?vector=text" --queries q.parquet \
-        --qrels qrels.tsv --doc-id-field sku
+    simskip refine faiss:scifact.faiss --qrels beir/scifact
+    simskip refine faiss:shop.faiss --queries q.npy --query-ids q.txt \
+        --clicks ubi --doc-ids ids.txt
+    simskip refine faiss:intents.faiss --labels labels.txt \
+        --test-queries q.npy --test-labels ql.txt --side both \
+        --output better.faiss
+    simskip refine "qdrant://localhost:6333/products?vector=text" \
+        --queries q.parquet --qrels qrels.tsv --doc-id-field sku
     simskip refine qdrant-edge:shard --group-field category
-    simskip refine faiss:shared.faiss --queries q.npy --query-ids q.txt --qrels qrels.tsv \
-        --doc-ids ids.txt --side queries --out refiner
+    simskip refine faiss:shared.faiss --queries q.npy --query-ids q.txt \
+        --qrels qrels.tsv --doc-ids ids.txt --side queries --out refiner
     simskip refine faiss:big.faiss --refiner DIR --accept-unmeasured
-    RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows --executor ray --refiner DIR \
-        --queries q.npy --query-ids q.txt --qrels qrels.tsv
+    RAY_ADDRESS=head:6379 simskip refine parquet:/shared/rows \
+        --executor ray --refiner DIR --queries q.npy --query-ids q.txt \
+        --qrels qrels.tsv
     """
     from simskip_vdb import pipeline
     from simskip_vdb.report import render
@@ -295,7 +313,7 @@ def refine(index: str, as_json: bool, **options: Any) -> int:  # noqa: ANN401 cl
     return report.exit_code
 
 
-@cli.command()
+@cli.command(short_help="Restore the vectors from before the refinement.")
 @shared.index
 @shared.originals
 @shared.guard_field
@@ -332,7 +350,7 @@ def rollback(
     _print(result, render_rollback, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Tell whether an index is refined, and how to undo it.")
 @shared.index
 @shared.state
 @shared.json
@@ -346,7 +364,7 @@ def status(index: str, filter: str | None, state: Path | None, as_json: bool) ->
     _print(upkeep.status(store, state=state), render_status, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Remove what is needed neither to go on nor to undo.")
 @shared.index
 @click.option(
     "--final",
@@ -382,7 +400,7 @@ def prune(
     _print(done, render_prune, as_json)
 
 
-@cli.command()
+@cli.command(short_help="Write the page about the last run and the history.")
 @shared.index
 @click.option(
     "--out",
@@ -417,7 +435,7 @@ def report(
     _tell(str(path))
 
 
-@cli.command(epilog=EXIT_CODES)
+@cli.command(epilog=EXIT_CODES, short_help="Look after many indexes, as a job file describes them.")
 @click.argument("jobs", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Only check the job file, all of it.")
 @click.option("--only", metavar="NAME", multiple=True, help="Run this job; may be repeated.")
@@ -469,10 +487,11 @@ def _prepare(
     index: str, options: dict[str, Any], *, read_only: bool = False
 ) -> tuple[Any, Any, Any]:
     """Read everything that the options name, before anything else happens."""
+    from simskip_vdb.clicks import gather
     from simskip_vdb.config import FitSettings, Signal
     from simskip_vdb.connectors import open_store
     from simskip_vdb.datatypes import Side
-    from simskip_vdb.judgments import JudgmentFiles, read_judgments
+    from simskip_vdb.judgments import JudgmentFiles
     from simskip_vdb.pipeline import Settings
 
     names = [name.replace("-", "_") for name, _ in shared.JUDGMENT_FILES]
@@ -487,8 +506,8 @@ def _prepare(
     fields = {name: options.pop(name) for name in ("doc_id_field", "group_field")}
     opening = ("originals", "originals_ids", "filter", "guard_field")
     store = {name: options.pop(name, None) for name in opening}
+    judgments = gather(files, options.pop("clicks"), **fields)
     settings = Settings(fit=fitting, search_params=params, **options)
-    judgments = read_judgments(files, **fields)
     return open_store(index, read_only=read_only, **store), judgments, settings
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simskip_vdb.click_tables import CSV, UBI, is_ubi
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.durable import json_of
 from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
@@ -49,19 +50,23 @@ class LogBlock:
 def list_logs(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return click logs and other files that are done, each in the order of names.
 
+    UBI's searches come before everything else, for its events name them.
+
+    Args:
+        folder: The folder, or one log.
+
     Raises:
         ConfigError: There is no such folder.
     """
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        files = [folder] if folder.is_file() else sorted(filter(Path.is_file, folder.iterdir()))
     except OSError as error:
         raise ConfigError(f"{folder} cannot be listed: {error.strerror or error}") from None
     done = [p for p in files if not (p.name.startswith(".") or p.name.endswith(UNFINISHED))]
-    known = (*WITH_VECTORS, *JUDGMENTS)
-    return (
-        [path for path in done if path.name.endswith(known)],
-        [path for path in done if not path.name.endswith(known)],
-    )
+    endings = (*WITH_VECTORS, *JUDGMENTS, *CSV)
+    known = [path for path in done if path.name.endswith(endings) or is_ubi(path)]
+    known.sort(key=lambda path: not path.name.startswith(UBI[0]))
+    return known, [path for path in done if path not in known]
 
 
 def read_log(path: Path) -> Iterator[LogBlock]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.click_logs import WITH_VECTORS, list_logs, read_log
+from simskip_vdb.click_tables import CSV, Tables, is_ubi
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import JudgmentFiles, Judgments, QuerySet, read_judgments
@@ -46,10 +47,13 @@ def gather(
     given = read_judgments(
         files, doc_id_field=doc_id_field, group_field=group_field, more=clicks is not None
     )
-    return given if clicks is None else combine(given, read_clicks(clicks))
+    if clicks is None:
+        return given
+    known = frozenset() if given.queries is None else frozenset(given.queries.ids)
+    return combine(given, read_clicks(clicks, known))
 
 
-def read_clicks(folder: Path) -> QuerySet | None:
+def read_clicks(folder: Path, known: frozenset[str] = frozenset()) -> QuerySet | None:
     """Read every click log in a folder, in the order of names; None where there is none.
 
     ``.jsonl`` (also ``.gz``) and ``.parquet`` have columns ``id`` and ``vector``, and for what was
@@ -59,6 +63,10 @@ def read_clicks(folder: Path) -> QuerySet | None:
     so that a log can be written under such a name and then be moved into place; empty logs are no
     clicks.
 
+    ``.csv`` (also ``.gz``) are tables with a header, ``ubi_queries*`` and ``ubi_events*`` (JSON
+    lines or ``.parquet``) are dumps of OpenSearch's User Behavior Insights: see `click_tables` for
+    what they hold, and `click_models` for how places and stays are allowed for.
+
     One id is one query: its vector may differ from file to file by rounding only. Of repeated
     clicks the highest grade counts, once. Clicks are evidence, not votes: a document that stood
     first is clicked more often for having stood there, and a query that many people ask should
@@ -66,29 +74,41 @@ def read_clicks(folder: Path) -> QuerySet | None:
 
     The memory that is needed grows with different queries and pairs, not with clicks.
 
+    Args:
+        folder: The folder, or one log.
+        known: Ids of queries whose vectors are given elsewhere.
+
     Raises:
         ConfigError: There is no such folder.
         DataError: A file is malformed, which it names with the line, or an id has two vectors.
         MissingDependencyError: A parquet file was given and pyarrow is not installed.
     """
     queries, pairs = _Queries(), _Pairs()
+    tables = Tables(known, queries.add)
     logs, unknown = list_logs(folder)
     if unknown:
         log.warning(
             "%s: %d files are no click logs and are not read, such as %s; remove them, or name "
-            "them .jsonl, .parquet, .tsv or .qrels",
+            "them .jsonl, .parquet, .csv, .tsv or .qrels",
             folder,
             len(unknown),
             unknown[0].name,
         )
     for path in logs:
-        if path.name.endswith(WITH_VECTORS):
+        if is_ubi(path):
+            tables.read_ubi(path)
+        elif path.name.endswith(CSV):
+            tables.read_csv(path)
+        elif path.name.endswith(WITH_VECTORS):
             for block in read_log(path):
                 queries.add(str(path), block.ids, block.vectors)
                 pairs.add([block.ids[i] for i in block.owners], block.docs, block.grades)
         elif path.stat().st_size:
             qrels = read_qrels(path)
             pairs.add(qrels.query_ids, qrels.doc_ids, qrels.grades)
+    for clicks in tables.counted():
+        found = clicks.qrels(str(folder))
+        pairs.add(found.query_ids, found.doc_ids, found.grades)
     if not queries.ids and not pairs:
         return None
     return QuerySet(

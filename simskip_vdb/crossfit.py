@@ -133,12 +133,14 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
     look = take_look(space, crossed.refiner, judged)
     k = max(depth(space.measures, judged), 10)
     with space.timed("evaluate"):
-        before = space.search(space.as_searched(judged.vectors), space.current_blocks(), k).ids
+        asked = space.as_searched(judged.vectors)
+        before = space.search(asked, space.current_blocks(), k, own=judged.own).ids
         after, seen = np.empty_like(before), np.empty(len(judged), np.bool_)
         for number, refiner in enumerate(crossed.refiners):
             own = fold == number
             part, rest = judged.subset(own), judged.subset(~own)
-            found = space.search(refiner(part.vectors), space.refined_blocks(refiner), k)
+            rows = space.refined_blocks(refiner)
+            found = space.search(refiner(part.vectors), rows, k, own=part.own)
             after[own], seen[own] = found.ids, seen_queries(part, relevant_rows(rest))
         was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
         scored = Scored(judged=judged, seen=seen, before=was, after=now)

@@ -165,6 +165,8 @@ class JudgedQueries:
         indptr: Shape (m + 1,), int64; query i's judgments are ``rows[indptr[i]:indptr[i + 1]]``.
         rows: Positions of judged rows in scan order, int64.
         grades: Relevance of each judgment, int32; 0 means judged not relevant.
+        own: Position of the row that a query is itself, which is no result of it, shape (m,); -1
+            where it is none. None where no query is a row.
     """
 
     ids: tuple[str, ...]
@@ -172,6 +174,7 @@ class JudgedQueries:
     indptr: NDArray[np.int64]
     rows: Positions
     grades: NDArray[np.int32]
+    own: Positions | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -190,4 +193,5 @@ class JudgedQueries:
             indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
             rows=self.rows[judged],
             grades=self.grades[judged],
+            own=None if self.own is None else self.own[keep],
         )

@@ -340,12 +340,12 @@ def treat_late_rows(space: Workspace, probe: Refiner, late: Mask) -> tuple[LateR
     """
     judged = space.judged.queries[Split.VALIDATION]
     skip = space.skipped(Split.VALIDATION)
-    raw = space.search(judged.vectors, space.rows.blocks(), TOP, skip).ids
+    raw = space.search(judged.vectors, space.rows.blocks(), TOP, skip, judged.own).ids
     found = []
     for rule in (LateRule.RAW, LateRule.F) if probe.moves_rows and probe.alpha else (LateRule.RAW,):
         refiner = replace(probe, late=rule)
         blocks = space.refined_blocks(refiner, late)
-        ranked = space.search(refiner(judged.vectors), blocks, TOP, skip).ids
+        ranked = space.search(refiner(judged.vectors), blocks, TOP, skip, judged.own).ids
         share = late_row_share(raw, ranked, late)
         value = space.validate([refiner], late)[0] if share.fair else -_unfairness(share)
         found.append((share.fair, value, share, rule))

@@ -12,7 +12,7 @@ import numpy as np
 from simskip_vdb.datatypes import Progress, StoreInfo, VectorBatch, Vectors, id_names, silent
 from simskip_vdb.errors import JournalError, StoreError
 from simskip_vdb.report import number
-from simskip_vdb.rows import row_digests
+from simskip_vdb.rows import SOUND, row_digests, usable_vectors
 from simskip_vdb.search import exact_search
 from simskip_vdb.store import VectorStore
 from simskip_vdb.upkeep import status
@@ -96,6 +96,7 @@ def render(result: Mapping[str, Any]) -> str:
     lines.append(f"duplicates   {result['duplicate_vectors']:,} rows equal an earlier row")
     lines.append(
         f"bad rows     {bad['not_finite']:,} not finite, {bad['zero']:,} zero"
+        + (f", {bad['absurd']:,} absurdly long or short" if "absurd" in bad else "")
         + (f" (ids {', '.join(map(str, bad['examples']))})" if bad["examples"] else "")
     )
     if result["hubness"] is not None:
@@ -150,11 +151,18 @@ class _Tally:
     def bad_rows(self) -> dict[str, Any]:
         norms, ids = self._all(self._norms), self._all(self._ids)
         not_finite, zero = ~np.isfinite(norms), norms == 0
+        absurd = ~(not_finite | zero) & ((norms < SOUND[0]) | (norms > SOUND[1]))
         return {
             "not_finite": int(not_finite.sum()),
             "zero": int(zero.sum()),
-            "examples": id_names(ids[not_finite | zero][:3]),
+            **({"absurd": int(absurd.sum())} if absurd.any() else {}),
+            "examples": id_names(ids[not_finite | zero | absurd][:3]),
         }
+
+    def usable(self) -> int:
+        """Return how many rows can be compared."""
+        bad = {name: count for name, count in self.bad_rows().items() if name != "examples"}
+        return self.rows - int(sum(bad.values()))
 
     def sample(self) -> Vectors:
         sample: Vectors = self._all(self._sample)
@@ -168,7 +176,7 @@ class _Tally:
 def _hubness(sample: Vectors, metric: str) -> dict[str, float] | None:
     from simskip_vdb.datatypes import Metric
 
-    usable = sample[np.isfinite(sample).all(axis=1) & sample.any(axis=1)] if len(sample) else sample
+    usable = sample[usable_vectors(sample)] if len(sample) else sample
     if len(usable) <= NEIGHBOURS:
         return None
     probes = usable[:: max(1, len(usable) // PROBES)]
@@ -201,8 +209,13 @@ def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list
         return [f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"]
     if past["refined"] is not None:
         steps += [f"simskip status {quoted}", f"simskip rollback {quoted}"]
-    if tally.rows < FEWEST:
-        steps.append(f"add rows: {tally.rows} are too few to compare")
+    if tally.usable() < FEWEST:
+        many = (
+            f"{tally.rows} rows"
+            if tally.rows == tally.usable()
+            else (f"{tally.usable()} of {tally.rows} rows that are not bad")
+        )
+        steps.append(f"add rows: {many} are too few to compare")
         return steps
     if tally.duplicate_ids():
         steps.append("give every row an id of its own: ids that repeat cannot be refined")

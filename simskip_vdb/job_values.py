@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from simskip_vdb.connectors import full_address, known_schemes, scheme_of
 from simskip_vdb.connectors.addresses import address_of
+from simskip_vdb.qrels_forms import IR_DATASETS
 from simskip_vdb.redaction import holds_secret, redacted
 
 Kind = Callable[[object, Path], object]
@@ -159,6 +160,14 @@ def file(value: object, base: Path) -> Path:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise WrongValue(f"names {path}, which {what}; give a file")
     return path
+
+
+def judgments(value: object, base: Path) -> Path:
+    """Take a path to a file or a folder of judgments that is there, or the name of a data set."""
+    if isinstance(value, str) and value.startswith(IR_DATASETS):
+        return Path(value)
+    path = path_to(value, base)
+    return path if path.is_dir() else file(value, base)
 
 
 def folder(value: object, base: Path) -> Path:

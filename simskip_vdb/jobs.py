@@ -54,7 +54,10 @@ _TABLES: Mapping[str, Mapping[str, Kind]] = {
     "search_params": {},
 }
 """Sub-tables by key; the last takes any key."""
-_FILES: Mapping[str, Kind] = {f.name: values.file for f in fields(JudgmentFiles)}
+_FILES: Mapping[str, Kind] = {
+    f.name: values.judgments if f.name.endswith("qrels") else values.file
+    for f in fields(JudgmentFiles)
+}
 _KEYS: Mapping[str, Kind] = {
     "index": values.address,
     **_FILES,

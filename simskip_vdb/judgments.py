@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from simskip_vdb.parsing import (
     Qrels,
     RowColumn,
     read_lines,
-    read_qrels,
     read_query_table,
     read_row_column,
     read_vectors,
 )
+from simskip_vdb.qrels_forms import read_any_qrels, read_ids
 
 RULES = """\
 Refused: repeated query ids; vectors of another dimension than the index; ids, labels and vectors
@@ -33,9 +33,16 @@ Grade 0 means judged not relevant; negative grades count as 0."""
 """What is refused and what is skipped, for help texts."""
 
 
+_VECTORS = ("queries.npy", "queries.parquet")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JudgmentFiles:
-    """The files that hold judgments, by the names of their options; all may be left out."""
+    """The files that hold judgments, by the names of their options; all may be left out.
+
+    In place of a file, `qrels` may be a folder of BEIR, which holds the ids of the rest, and each
+    file of judgments may be a name of ir_datasets, as ``ir_datasets:NAME``.
+    """
 
     queries: Path | str | None = None
     query_ids: Path | str | None = None
@@ -155,6 +162,8 @@ def read_judgments(
     """
     for problem in misfits(files, doc_id_field=doc_id_field, group_field=group_field, more=more):
         raise ConfigError(problem)
+    if _is_beir(files):
+        return _read_beir(files, doc_id_field)
     doc_ids, labels = _path(files, "doc_ids"), _path(files, "labels")
     return Judgments(
         queries=_read_set(files, ""),
@@ -178,6 +187,9 @@ def misfits(
         group_field: Field of groups.
         more: Whether judgments from elsewhere join these.
     """
+    if _is_beir(files):
+        yield from _misfits_of_beir(files, group_field)
+        return
     grouped = files.labels is not None or group_field is not None
     for prefix in ("", "dev_", "test_"):
         yield from _misfits_of_set(files, prefix, grouped, more)
@@ -191,6 +203,19 @@ def misfits(
         yield "--doc-ids and --doc-id-field say the same; give one of them"
     if files.labels is not None and group_field is not None:
         yield "--labels and --group-field say the same; give one of them"
+
+
+def _is_beir(files: JudgmentFiles) -> bool:
+    return files.qrels is not None and Path(files.qrels).is_dir()
+
+
+def _misfits_of_beir(files: JudgmentFiles, group_field: str | None) -> Iterator[str]:
+    used = ("queries", "query_ids", "qrels", "doc_ids")
+    names = (field.name for field in fields(JudgmentFiles) if field.name not in used)
+    others = [_option(name) for name in names if getattr(files, name) is not None]
+    others += [] if group_field is None else ["--group-field"]
+    if others:
+        yield f"--qrels {files.qrels} is a folder, which holds all judgments; leave out {others[0]}"
 
 
 def _misfits_of_set(files: JudgmentFiles, prefix: str, grouped: bool, more: bool) -> Iterator[str]:
@@ -227,7 +252,7 @@ def _read_set(files: JudgmentFiles, prefix: str) -> QuerySet | None:
         return None
     qrels = _path(files, f"{prefix}qrels")
     labels = _path(files, f"{prefix}labels") if prefix else None
-    ids, vectors = _read_queries(path, _path(files, f"{prefix}query_ids"), prefix)
+    ids, vectors = read_query_vectors(path, _path(files, f"{prefix}query_ids"), prefix)
     texts = None if labels is None else tuple(read_lines(labels))
     if texts is not None and len(texts) != len(ids):
         raise DataError(f"{labels} has {len(texts)} labels for {len(ids)} queries in {path}")
@@ -235,12 +260,25 @@ def _read_set(files: JudgmentFiles, prefix: str) -> QuerySet | None:
         option=_option(f"{prefix}queries"),
         ids=tuple(ids),
         vectors=vectors,
-        qrels=None if qrels is None else read_qrels(qrels),
+        qrels=None if qrels is None else read_any_qrels(qrels),
         labels=texts,
     )
 
 
-def _read_queries(path: Path, ids_path: Path | None, prefix: str) -> tuple[Sequence[str], Vectors]:
+def read_query_vectors(
+    path: Path, ids_path: Path | None, prefix: str
+) -> tuple[Sequence[str], Vectors]:
+    """Return ids and vectors of queries, shape (m, d).
+
+    Args:
+        path: A ``.npy``, ``.parquet`` or ``.jsonl`` file.
+        ids_path: Ids of a ``.npy``'s rows: one a line, MS MARCO's ``id<TAB>text``, or BEIR's
+            ``.jsonl``; None to count.
+        prefix: ``dev_``, ``test_`` or empty, for ids that are counted.
+
+    Raises:
+        DataError: A file is malformed, counts differ, or an id repeats.
+    """
     if path.suffix != ".npy":
         ids, vectors = read_query_table(path)
     else:
@@ -248,7 +286,7 @@ def _read_queries(path: Path, ids_path: Path | None, prefix: str) -> tuple[Seque
         if ids_path is None:
             # Both sets may leave ids out, and a query's split goes by its id.
             return [f"{prefix.rstrip('_')}:{i}" for i in range(len(vectors))], vectors
-        ids = read_lines(ids_path)
+        ids = _read_ids(ids_path)
         if len(ids) != len(vectors):
             raise DataError(f"{ids_path} has {len(ids)} ids for {len(vectors)} vectors in {path}")
     repeated = [name for name, times in Counter(ids).items() if times > 1]
@@ -258,6 +296,83 @@ def _read_queries(path: Path, ids_path: Path | None, prefix: str) -> tuple[Seque
             f"({len(repeated)} such ids); give every query its own"
         )
     return ids, vectors
+
+
+def _read_ids(path: Path) -> list[str]:
+    if path.suffix == ".jsonl":
+        return read_ids(path)
+    lines = read_lines(path)
+    if lines and all("\t" in line for line in lines):
+        return [line.partition("\t")[0].rstrip() for line in lines]
+    return lines
+
+
+def _read_beir(files: JudgmentFiles, doc_id_field: str | None) -> Judgments:
+    """Read judgments from a folder of BEIR that is named in place of a file of them.
+
+    ``qrels/test.tsv`` is for the test, ``qrels/dev.tsv`` for validation, ``qrels/train.tsv`` is
+    shared out to the rest; without train, dev is; a single file is shared out to all three. The
+    folder holds texts, so the queries' vectors come from `JudgmentFiles.queries`, or from
+    ``queries.npy`` or ``queries.parquet`` in it: a ``.npy`` in the order of ``queries.jsonl``
+    unless ids are given. Documents are named in the order of ``corpus.jsonl`` unless they are
+    given.
+
+    Raises:
+        ConfigError: Something of that is missing.
+        DataError: A file is malformed.
+    """
+    folder = Path(files.qrels or "")
+    given = {name: folder / "qrels" / f"{name}.tsv" for name in ("train", "dev", "test")}
+    given = {name: path for name, path in given.items() if path.is_file()}
+    if not given:
+        raise ConfigError(
+            f"{folder}: there is no qrels/test.tsv, dev.tsv or train.tsv in this folder; name a "
+            "file of judgments, or a folder of BEIR"
+        )
+    ids, vectors = _beir_queries(folder, files)
+    shared = next(name for name in ("train", "dev", "test") if name in given)
+    sets = {}
+    for name, path in given.items():
+        qrels = read_any_qrels(path)
+        named = set(qrels.query_ids)
+        kept = np.array([i for i, query in enumerate(ids) if query in named], np.int64)
+        sets[name] = QuerySet(
+            option=str(path),
+            ids=tuple(ids[i] for i in kept.tolist()),
+            vectors=vectors[kept],
+            qrels=qrels,
+        )
+    corpus, doc_ids = folder / "corpus.jsonl", None
+    if files.doc_ids is not None:
+        doc_ids = read_row_column(Path(files.doc_ids))
+    elif doc_id_field is None and corpus.is_file():
+        doc_ids = RowColumn(source=str(corpus), values=read_ids(corpus))
+    return Judgments(
+        queries=sets[shared],
+        dev=None if shared == "dev" else sets.get("dev"),
+        test=None if shared == "test" else sets.get("test"),
+        doc_ids=doc_ids,
+        doc_id_field=doc_id_field,
+    )
+
+
+def _beir_queries(folder: Path, files: JudgmentFiles) -> tuple[Sequence[str], Vectors]:
+    beside = [folder / name for name in _VECTORS if (folder / name).is_file()]
+    path = Path(files.queries) if files.queries is not None else next(iter(beside), None)
+    if path is None:
+        raise ConfigError(
+            f"{folder} holds texts of queries and no vectors; give --queries Q.npy, one vector for "
+            "each line of queries.jsonl, or put it into the folder as queries.npy"
+        )
+    ids = None if files.query_ids is None else Path(files.query_ids)
+    if ids is None and path.suffix == ".npy":
+        ids = folder / "queries.jsonl"
+        if not ids.is_file():
+            raise ConfigError(f"{folder} has no queries.jsonl; give --query-ids, one id a line")
+    found = read_query_vectors(path, ids, "")
+    if not len(found[0]):
+        raise DataError(f"{path} has no queries")
+    return found
 
 
 def _path(files: JudgmentFiles, name: str) -> Path | None:

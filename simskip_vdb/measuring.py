@@ -45,6 +45,7 @@ from simskip_vdb.provenance import Lookup
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.rows import row_digests
 from simskip_vdb.sample_size import TYPICAL_SPREAD, smallest_gain
+from simskip_vdb.search import without_own
 from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.workspace import Blocks, Workspace
 
@@ -156,7 +157,7 @@ def measure(
     with space.timed("evaluate"):
         before = _found_now(space, judged, current, k, skip)
         rows = space.blocks_of(space.held_by) if as_is else space.refined_blocks(refiner, late)
-        after = space.search(refiner(judged.vectors), rows, k, skip).ids
+        after = space.search(refiner(judged.vectors), rows, k, skip, judged.own).ids
         was, now = (score(judged, found, space.measures) for found in (before, after))
         overlap = None
         if space.judged.groups is not None:
@@ -222,9 +223,9 @@ def _found_now(
     """Search what the index holds, or what the current refiner makes of all rows and queries."""
     if current is not None:
         blocks = space.refined_blocks(current, space.late(current))
-        return space.search(current(judged.vectors), blocks, k, skip).ids
+        return space.search(current(judged.vectors), blocks, k, skip, judged.own).ids
     queries = space.as_searched(judged.vectors)
-    return space.search(queries, space.current_blocks(), k, skip).ids
+    return space.search(queries, space.current_blocks(), k, skip, judged.own).ids
 
 
 def _not_learnt(current: Refiner, judged: JudgedQueries) -> JudgedQueries:
@@ -297,7 +298,11 @@ def live_gains(space: Workspace, judged: JudgedQueries) -> NDArray[np.float64]:
     )
     with space.timed("evaluate"):
         was, now = (
-            score(judged, space.search(queries, blocks, k, skip).ids, space.measures[:1])
+            score(
+                judged,
+                space.search(queries, blocks, k, skip, judged.own).ids,
+                space.measures[:1],
+            )
             for queries, blocks in asked
         )
     return now[space.measure] - was[space.measure]
@@ -417,7 +422,10 @@ class ThroughIndex:
         # Rows that act as queries would find themselves: only the index itself is measured then.
         learnt = learnt_from(refiner, self._judged)
         self._scored = not learnt.all() and space.skipped(split) is None
-        self._queries = self._judged.vectors if len(self._judged) else _some_rows(space)
+        self._queries, self._own = self._judged.vectors, self._judged.own
+        if not len(self._judged):
+            self._own = _some_rows(space)
+            self._queries = space.rows.take(self._own)
         self.measures: dict[str, dict[str, float]] = {}
         self.ann: dict[str, float] = {}
 
@@ -434,7 +442,7 @@ class ThroughIndex:
             return
         queries = (space.as_searched if refiner is None else refiner)(self._queries)
         blocks, take = self._rows(store, refiner, as_is)
-        exact = space.search(queries, blocks, 10)
+        exact = space.search(queries, blocks, 10, own=self._own)
         names = space.measures if self._scored else ()
         k = max(10, depth(names, self._judged) if names else 0)
         found, new = self._search(store, queries, k)
@@ -448,8 +456,12 @@ class ThroughIndex:
         self, store: VectorStore, queries: Vectors, k: int
     ) -> tuple[Positions, NDArray[np.bool_]]:
         """Return positions, shape (q, k), -1 for none; and where there is a row that came since."""
-        found = store.search(queries, k, self._space.settings.search_params)
+        own = self._own
+        found = store.search(queries, k + (own is not None), self._space.settings.search_params)
         positions = self._lookup.find(found.ids.ravel()).reshape(found.ids.shape)
+        if own is not None:
+            others = without_own(Neighbors(ids=positions, scores=found.scores), own, k)
+            positions, found = others.ids, others
         there = ~np.isneginf(found.scores)
         return np.where(there, positions, -1), there & (positions < 0)
 
@@ -487,7 +499,7 @@ def _leave_room(exact: Neighbors, new: NDArray[np.bool_]) -> Neighbors:
     )
 
 
-def _some_rows(space: Workspace) -> Vectors:
+def _some_rows(space: Workspace) -> Positions:
     places = np.flatnonzero(space.usable)
     step = max(1, len(places) // ANN_PROBES)
-    return space.rows.take(places[::step][:ANN_PROBES])
+    return places[::step][:ANN_PROBES]

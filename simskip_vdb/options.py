@@ -8,12 +8,33 @@ from typing import Any, TypeVar
 
 import click
 
+from simskip_vdb.qrels_forms import IR_DATASETS
+
+
+class _File(click.Path):
+    """A file that exists, or for judgments also a folder or the name of a data set."""
+
+    def __init__(self, option: str) -> None:
+        judgments = option.endswith("qrels")
+        super().__init__(exists=True, dir_okay=judgments, path_type=Path)
+        self._named = judgments
+
+    def convert(self, value: Any, *context: Any) -> Any:  # noqa: ANN401 click's
+        """Let names of data sets pass."""
+        named = self._named and str(value).startswith(IR_DATASETS)
+        return Path(value) if named else super().convert(value, *context)
+
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 JUDGMENT_FILES: tuple[tuple[str, str], ...] = (
     ("queries", "Query vectors: .npy, or .parquet/.jsonl with columns id, vector."),
     ("query-ids", "Ids of a .npy's rows, one a line."),
-    ("qrels", "Judgments: TREC or BEIR TSV, plain or .gz."),
+    (
+        "qrels",
+        "Judgments: TREC or BEIR TSV, plain or .gz; .json, .jsonl, .parquet; a folder of BEIR; or "
+        "ir_datasets:NAME.",
+    ),
     (
         "doc-ids",
         "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id.",
@@ -54,11 +75,11 @@ state = click.option(
     help="State folder; by default INDEX.simskip/ beside a file or shard, else in your home.",
 )
 judgments = _together(
-    *(
-        click.option(
-            f"--{name}", type=click.Path(exists=True, dir_okay=False, path_type=Path), help=text
-        )
-        for name, text in JUDGMENT_FILES
+    *(click.option(f"--{name}", type=_File(name), help=text) for name, text in JUDGMENT_FILES),
+    click.option(
+        "--clicks",
+        type=click.Path(exists=True, path_type=Path),
+        help="Click logs, a file or a folder: JSON lines, Parquet, CSV, or OpenSearch's UBI.",
     ),
     click.option(
         "--doc-id-field", metavar="FIELD", help="Payload field of a row that holds your id of it."

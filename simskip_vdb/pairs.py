@@ -84,14 +84,14 @@ class ListedPairs:
         indptr: Shape (m + 1,); anchor i's positives are ``rows[indptr[i]:indptr[i + 1]]``.
         rows: Row of each positive.
         grades: Weight of each positive, above 0, float32.
-        anchors_are_rows: Whether anchor i is row i, and must not find itself.
+        own: Row that an anchor is itself and must not find, shape (m,); -1 for none.
     """
 
     vectors: Vectors
     indptr: NDArray[np.int64]
     rows: Positions
     grades: NDArray[np.float32]
-    anchors_are_rows: bool
+    own: Positions
 
     @property
     def anchors(self) -> Positions:
@@ -120,7 +120,7 @@ class ListedPairs:
             anchor=anchor[kept],
             column=column[kept],
             weight=_sum_to_one(anchor[kept], self.grades[listed][kept]),
-            own=column_of[batch] if self.anchors_are_rows else np.full(len(batch), -1),
+            own=np.where(self.own[batch] >= 0, column_of[self.own[batch]], -1),
         )
 
 
@@ -194,7 +194,7 @@ def judged_pairs(queries: JudgedQueries, usable: NDArray[np.bool_]) -> ListedPai
         indptr=_indptr(np.bincount(query[kept], minlength=len(queries))),
         rows=queries.rows[kept],
         grades=queries.grades[kept].astype(np.float32),
-        anchors_are_rows=False,
+        own=np.full(len(queries), -1) if queries.own is None else queries.own,
     )
 
 
@@ -268,7 +268,7 @@ def neighbour_pairs(
         indptr=_indptr(sizes),
         rows=found[other],
         grades=np.ones(other.sum(), dtype=np.float32),
-        anchors_are_rows=True,
+        own=np.arange(len(vectors)),
     )
 
 

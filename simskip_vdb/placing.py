@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import repeat
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors, id_names
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
+from simskip_vdb.own_rows import RowSource, apart_from_own
 from simskip_vdb.parsing import Qrels, RowColumn
+from simskip_vdb.rows import usable_vectors
 from simskip_vdb.splits import MOST_GROUP_JUDGMENTS
 
 
@@ -68,22 +70,6 @@ class Notes:
             self.all.append(Note(source=source, what=what, count=count, examples=()))
 
 
-class RowSource(Protocol):
-    """The rows of an index in scan order.
-
-    Attributes:
-        ids: Index ids, shape (n,).
-        dim: Dimension of a vector.
-    """
-
-    ids: Ids
-    dim: int
-
-    def take(self, positions: Positions, /) -> Vectors:
-        """Return the vectors at these positions, shape (len(positions), d)."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Places:
     """Where the rows stand that judgments and labels name.
@@ -91,7 +77,7 @@ class Places:
     Attributes:
         dim: Dimension of a vector.
         documents: Position by document id, -1 for documents without a row; empty without
-            judgments.
+            queries.
         codes: Group code by label.
         groups: Shape (n,), group codes, -1 for rows without a label; None without labels.
     """
@@ -121,13 +107,12 @@ def find_places(judgments: Judgments, rows: RowSource, notes: Notes) -> Places:
     if judgments.labels is not None:
         codes = {label: i for i, label in enumerate(dict.fromkeys(judgments.labels.values))}
         groups = _groups(judgments.labels, codes, rows.ids, notes)
-    given = (judgments.queries, judgments.dev, judgments.test)
-    judged = any(query_set is not None and query_set.qrels is not None for query_set in given)
-    documents = _documents(judgments.doc_ids, rows.ids, notes) if judged else {}
+    named = any((judgments.queries, judgments.dev, judgments.test))
+    documents = _documents(judgments.doc_ids, rows.ids, notes) if named else {}
     return Places(dim=rows.dim, documents=documents, codes=codes, groups=groups)
 
 
-def judge(given: QuerySet, places: Places, notes: Notes) -> JudgedQueries:
+def judge(given: QuerySet, places: Places, rows: RowSource, notes: Notes) -> JudgedQueries:
     """Return the queries of a set that can be used, with their judgments.
 
     Raises:
@@ -143,10 +128,20 @@ def judge(given: QuerySet, places: Places, notes: Notes) -> JudgedQueries:
     else:
         codes = _look_up(places.codes, given.labels or ())
         judged = group_queries(given.ids, given.vectors, codes, places)
+    judged, own, itself = apart_from_own(judged, places.documents, rows)
+    what = "queries are rows of the index; a query's own row is no result of it"
+    notes.add(given.option, what, given.ids, own)
+    what = "queries judged for their own row, which says nothing"
+    if given.qrels is not None:
+        notes.add(given.option, what, given.ids, itself)
     usable = usable_vectors(given.vectors)
     owners = judged.query_of_judgment()[judged.grades > 0]
     relevant = np.bincount(owners, minlength=len(judged)) > 0
-    notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~usable)
+    finite = np.isfinite(given.vectors).all(axis=1)
+    plain: Mask = np.asarray(finite & given.vectors.any(axis=1))
+    notes.add(given.option, "queries with NaN, infinite or zero vectors", given.ids, ~plain)
+    absurd = plain & ~usable
+    notes.add(given.option, "queries with absurdly long or short vectors", given.ids, absurd)
     lacking = usable & ~relevant
     notes.add(given.option, "queries without a relevant known document", given.ids, lacking)
     if not (usable & relevant).any():
@@ -186,14 +181,6 @@ def group_queries(
     rows = members[np.repeat(offsets(sizes)[codes], counts) + within]
     grades = np.ones(len(rows), np.int32)
     return JudgedQueries(ids=ids, vectors=vectors, indptr=indptr, rows=rows, grades=grades)
-
-
-def usable_vectors(vectors: Vectors) -> Mask:
-    """Tell which vectors are finite and not zero, shape (m,)."""
-    # A sum of float32 squares in float64 can neither overflow nor vanish.
-    squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
-    usable: Mask = np.isfinite(squares) & (squares > 0)
-    return usable
 
 
 def offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:

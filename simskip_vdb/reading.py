@@ -11,7 +11,7 @@ from simskip_vdb.datatypes import Progress, VectorBatch
 from simskip_vdb.journal import Journal
 from simskip_vdb.provenance import SCAN_ROWS, RowsInPlace, TrueRows
 from simskip_vdb.register import Ours
-from simskip_vdb.rows import row_digests
+from simskip_vdb.rows import row_digests, usable_vectors
 from simskip_vdb.sending import Snapshot
 from simskip_vdb.store import VectorStore, abilities
 
@@ -52,7 +52,7 @@ def read_rows(
             for name, column in columns.items():
                 column.extend(batch.fields[name])
             mine.append(written)
-            usable.append(np.asarray(np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)))
+            usable.append(usable_vectors(vectors))
             done += len(batch)
             progress("read", done, total)
         true.check()

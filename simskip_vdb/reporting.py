@@ -59,7 +59,10 @@ def build_report(
             "scored by a refiner that never saw it; the refiner above learnt from all of them"
         )
     if bad:
-        notes.append(f"{bad:,} rows are NaN, infinite or zero; they stay as they are")
+        notes.append(
+            f"{bad:,} rows are NaN, infinite, zero, or absurdly long or short; nothing is learnt "
+            "from them, and what is NaN, infinite or zero stays as it is"
+        )
     notes += _sides(space, refiner)
     return Report(
         action=action,

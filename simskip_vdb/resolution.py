@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -12,24 +12,20 @@ from numpy.typing import NDArray
 from simskip_vdb.datatypes import JudgedQueries, Positions, Split, id_names
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
+from simskip_vdb.own_rows import RowSource
 from simskip_vdb.placing import (
     Note,
     Notes,
     Places,
-    RowSource,
     find_places,
     group_queries,
     judge,
     offsets,
-    usable_vectors,
 )
-from simskip_vdb.provenance import near
+from simskip_vdb.rows import usable_vectors
 from simskip_vdb.splits import assign, hold_out, near_identical, row_name
 
 Mask = NDArray[np.bool_]
-
-SAME = 1e-3
-"""Relative L2 distance within which a query has the vector of a row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -86,7 +82,7 @@ def resolve(
     places = find_places(judgments, rows, notes)
     held = _hold_out(judgments, rows, places, draw)
     explicit = {
-        split: judge(given, places.without(_no_results(held, split)), notes)
+        split: judge(given, places.without(_no_results(held, split)), rows, notes)
         for split, given in _explicit_sets(judgments).items()
     }
     _check_explicit(explicit, assigned)
@@ -95,8 +91,7 @@ def resolve(
         left = places.without(_no_results(held, split))
         parts[split] = [_rows_as_queries(positions, rows, places, left)]
     if judgments.queries is not None:
-        shared = judge(judgments.queries, places, notes)
-        _note_rows(shared, rows, places, notes)
+        shared = judge(judgments.queries, places, rows, notes)
         for split, judged in _share_out(shared, explicit, draw, notes).items():
             parts.setdefault(split, []).append(judged)
     queries = {split: concatenate(parts.get(split, []), rows.dim) for split in Split}
@@ -111,17 +106,6 @@ def resolve(
         shared=judgments.queries is not None and not explicit,
         notes=tuple(notes.all),
     )
-
-
-def _note_rows(judged: JudgedQueries, rows: RowSource, places: Places, notes: Notes) -> None:
-    """Note the queries that are rows themselves, by id and by vector."""
-    positions = np.array([places.documents.get(name, -1) for name in judged.ids], np.int64)
-    named = np.flatnonzero(positions >= 0)
-    same = near(rows.take(positions[named]), judged.vectors[named], SAME, directions=True)
-    own = np.zeros(len(judged), np.bool_)
-    own[named[same]] = True
-    what = "queries are rows of the index; each finds its own row, which counts as a result"
-    notes.add("--queries", what, judged.ids, own)
 
 
 class _Draw(NamedTuple):
@@ -160,7 +144,7 @@ def _rows_as_queries(
 ) -> JudgedQueries:
     ids = tuple(row_name(row_id) for row_id in id_names(rows.ids[positions]))
     codes = np.empty(0, np.int64) if places.groups is None else places.groups[positions]
-    return group_queries(ids, rows.take(positions), codes, left)
+    return replace(group_queries(ids, rows.take(positions), codes, left), own=positions)
 
 
 def _check_explicit(explicit: Mapping[Split, JudgedQueries], assigned: Mapping[str, Split]) -> None:
@@ -221,4 +205,11 @@ def concatenate(parts: Sequence[JudgedQueries], dim: int) -> JudgedQueries:
         indptr=offsets(np.concatenate([np.empty(0, np.int64), *counts])),
         rows=np.concatenate([np.empty(0, np.int64), *(part.rows for part in parts)]),
         grades=np.concatenate([np.empty(0, np.int32), *(part.grades for part in parts)]),
+        own=_own(parts),
     )
+
+
+def _own(parts: Sequence[JudgedQueries]) -> Positions | None:
+    if all(part.own is None for part in parts):
+        return None
+    return np.concatenate([np.full(len(p), -1) if p.own is None else p.own for p in parts])

@@ -11,10 +11,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import ID_TEXT, Ids, Positions, Vectors, id_text
+from simskip_vdb.datatypes import ID_TEXT, Ids, Mask, Positions, Vectors, id_text
 from simskip_vdb.errors import JournalError
 
 Digests = NDArray[np.uint64]
+
+SOUND = (1e-15, 1e15)
+"""Norms that float32 can square, add up and divide by; what lies outside is nobody's embedding."""
+
+
+def usable_vectors(vectors: Vectors) -> Mask:
+    """Tell which vectors can be compared: finite, and of a norm within `SOUND`, shape (m,)."""
+    # A sum of float32 squares in float64 can neither overflow nor vanish.
+    with np.errstate(invalid="ignore"):
+        squares = np.einsum("ij,ij->i", vectors, vectors, dtype=np.float64)
+    usable: Mask = (squares >= SOUND[0] ** 2) & (squares <= SOUND[1] ** 2)
+    return usable
 
 
 class Originals(Protocol):

@@ -218,7 +218,7 @@ class Sampler:
         self.origin = mean_direction(problem.vectors, self._rows)
         self._origin = self._tensor(self.origin)
         sample = rng.choice(self._rows, min(SAMPLE, len(self._rows)), replace=False)
-        self._typical_norm = float(np.linalg.norm(problem.vectors[sample], axis=1).mean())
+        self._typical_norm = float(np.median(np.linalg.norm(problem.vectors[sample], axis=1)))
         factor = QUERY_TEMPERATURE if self._by_queries else ROW_TEMPERATURE
         self._temperature = factor * self._spread(sample)
 

@@ -118,12 +118,32 @@ class ExactSearch(Search):
         for part in self._parts:
             part.merge()
         none = np.empty((0, self._k))
+        with np.errstate(over="ignore"):  # a score beyond float32 is infinite
+            scores = [none.astype(np.float32), *(p.scores.astype(np.float32) for p in self._parts)]
         return Neighbors(
             ids=np.concatenate([none.astype(np.int64), *(p.positions for p in self._parts)]),
-            scores=np.concatenate(
-                [none.astype(np.float32), *(p.scores.astype(np.float32) for p in self._parts)]
-            ),
+            scores=np.concatenate(scores),
         )
+
+
+def without_own(found: Neighbors, own: Positions, k: int) -> Neighbors:
+    """Leave each query's own row out of an answer, and keep the k best of the rest.
+
+    Args:
+        found: Positions and scores, each of shape (q, K); with K above k, k others are there.
+        own: Position of each query's own row, shape (q,); -1 for none.
+        k: Rows wanted for each query.
+
+    Returns:
+        Positions and scores, each of shape (q, min(k, K)).
+    """
+    itself = (found.ids == own[:, None]) & (own >= 0)[:, None]
+    order = np.argsort(itself, axis=1, kind="stable")[:, :k]
+    ids = np.where(itself, -1, found.ids)
+    scores = np.where(itself, -np.inf, found.scores).astype(found.scores.dtype)
+    return Neighbors(
+        ids=np.take_along_axis(ids, order, axis=1), scores=np.take_along_axis(scores, order, axis=1)
+    )
 
 
 def pair_scores(queries: Floats, rows: Floats, metric: Metric) -> Scores:
@@ -207,18 +227,22 @@ class _Best:
             self.merge()
 
     def _propose(self, rows: _Rows) -> tuple[Positions, Positions]:
-        product = self.fast @ rows.fast.T  # (q, b)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._proposed(self.fast @ rows.fast.T, rows)  # (q, b)
+
+    def _proposed(self, product: Vectors, rows: _Rows) -> tuple[Positions, Positions]:
         if self.metric is Metric.EUCLID:
             slack = self.error * (self.norms + rows.norm) ** 2
         else:
             slack = self.error * self.norms * rows.norm
         cut = self.scores[:, -1] + self.shift - slack
-        proposed: Mask = product >= cut[:, None].astype(np.float32)
+        # A product that overflowed says nothing, and such a pair is scored.
+        proposed: Mask = ~(product < cut[:, None].astype(np.float32))
         surplus = len(rows.positions) - self.k
         if surplus > 0 and np.count_nonzero(proposed) > self.scores.size:
             kth = np.partition(product, surplus, axis=1)[:, surplus]
             cut = np.maximum(cut, kth - 2 * slack)
-            proposed = product >= cut[:, None].astype(np.float32)
+            proposed = ~(product < cut[:, None].astype(np.float32))
         owners, picked = np.divmod(np.flatnonzero(proposed), product.shape[1])
         return owners, picked
 
@@ -268,7 +292,8 @@ def _row_factors(rows: Vectors, squares: Scores, metric: Metric) -> Vectors:
     if metric is Metric.COSINE:
         return _unit(rows, squares)
     if metric is Metric.EUCLID:
-        return np.hstack([rows, squares[:, None].astype(np.float32)])
+        with np.errstate(over="ignore"):
+            return np.hstack([rows, squares[:, None].astype(np.float32)])
     return rows
 
 

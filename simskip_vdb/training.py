@@ -213,7 +213,7 @@ def _told_apart_by(problem: Problem) -> list[NDArray[Any] | None]:
     told: list[NDArray[Any] | None] = [problem.ids, problem.usable, problem.groups, problem.late]
     if problem.queries is not None:
         judged = problem.queries
-        told += [judged.vectors, judged.indptr, judged.rows, judged.grades]
+        told += [judged.vectors, judged.indptr, judged.rows, judged.grades, judged.own]
     return told
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from simskip_vdb.config import FitSettings, Signal
-from simskip_vdb.datatypes import JudgedQueries, Positions
+from simskip_vdb.datatypes import JudgedQueries, Mask, Positions
 from simskip_vdb.pairs import OnDisk, grouped_rows, judged_pairs, nearest
 from simskip_vdb.sampling import HARD_PER_STEP, MAX_OFFSETS, MINED, Problem
 
@@ -79,12 +79,23 @@ def _judged(
 
 def _among(queries: JudgedQueries, rows: Positions) -> JudgedQueries:
     """Return queries with their judgments of some rows, by place among these."""
-    places = np.minimum(np.searchsorted(rows, queries.rows), len(rows) - 1)
-    kept = rows[places] == queries.rows
+    places, kept = _places(queries.rows, rows)
     sizes = np.bincount(queries.query_of_judgment()[kept], minlength=len(queries))
     return replace(
         queries,
         indptr=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
         rows=places[kept],
         grades=queries.grades[kept],
+        own=None if queries.own is None else _own_among(queries.own, rows),
     )
+
+
+def _own_among(own: Positions, rows: Positions) -> Positions:
+    places, kept = _places(own, rows)
+    return np.where(kept, places, -1)
+
+
+def _places(wanted: Positions, rows: Positions) -> tuple[Positions, Mask]:
+    """Return places among some rows, ascending, and which of those wanted are there."""
+    places = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+    return places, rows[places] == wanted

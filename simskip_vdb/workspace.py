@@ -48,7 +48,7 @@ from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Snapshot, recover, snapshot
 from simskip_vdb.resolution import Resolved, resolve
 from simskip_vdb.rows import Digests, row_digests
-from simskip_vdb.search import ExactSearch, Search
+from simskip_vdb.search import ExactSearch, Search, without_own
 from simskip_vdb.state_place import state_folder
 from simskip_vdb.store import RowWritable, VectorStore, abilities
 from simskip_vdb.targets import holding
@@ -249,13 +249,18 @@ class Workspace:
         return vectors
 
     def search(
-        self, queries: Vectors, blocks: Blocks, k: int, skip: Mask | None = None
+        self,
+        queries: Vectors,
+        blocks: Blocks,
+        k: int,
+        skip: Mask | None = None,
+        own: Positions | None = None,
     ) -> Neighbors:
-        """Search exactly by the index's own metric."""
-        search = self._searching(queries, k, skip)
+        """Search exactly by the index's own metric; `own` rows are no results of their queries."""
+        search = self._searching(queries, k + (own is not None), skip)
         for start, block in self._watched(blocks):
             search.add(start, block)
-        return search.found()
+        return search.found() if own is None else without_own(search.found(), own, k)
 
     def _watched(self, blocks: Blocks) -> Blocks:
         for start, block in blocks:
@@ -293,7 +298,9 @@ class Workspace:
         """
         judged = self.judged.queries[Split.VALIDATION]
         k, skip = depth(self.measures[:1], judged), self.skipped(Split.VALIDATION)
-        searches = [self._searching(refiner(judged.vectors), k, skip) for refiner in refiners]
+        own = judged.own
+        wanted = k + (own is not None)
+        searches = [self._searching(refiner(judged.vectors), wanted, skip) for refiner in refiners]
         placed = [self.placed(refiner) for refiner in refiners]
         using_f = next((refiner for refiner in placed if refiner.layers), placed[0])
         with ThreadPoolExecutor(cores()) as pool, blas_on_one_thread():
@@ -302,9 +309,12 @@ class Workspace:
                     self._add_refined, start=start, block=block, late=late, f=using_f.f(block)
                 )
                 list(pool.map(add, searches, placed))
+        answers = [search.found() for search in searches]
+        if own is not None:
+            answers = [without_own(answer, own, k) for answer in answers]
         return [
-            float(score(judged, search.found().ids, self.measures[:1])[self.measure].mean())
-            for search in searches
+            float(score(judged, answer.ids, self.measures[:1])[self.measure].mean())
+            for answer in answers
         ]
 
     def _add_refined(

@@ -124,10 +124,10 @@ def test_unfinished_and_hidden_files_and_folders_are_passed_over(
 
 
 def test_files_of_other_kinds_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "clicks.csv").write_text("a,x")
+    (tmp_path / "clicks.xlsx").write_text("a,x")
     jsonl(tmp_path / "x.jsonl", line("a", "x"))
     read_clicks(tmp_path)
-    assert "1 files are no click logs and are not read, such as clicks.csv" in caplog.text
+    assert "1 files are no click logs and are not read, such as clicks.xlsx" in caplog.text
 
 
 def test_rounding_does_not_make_another_vector(tmp_path: Path) -> None:

@@ -118,15 +118,6 @@ def test_document_ids_by_index_id() -> None:
     }
 
 
-def test_queries_that_are_rows_are_noted() -> None:
-    rows = index(4, [0, 1, 2, 3])
-    queries = given(["0", "1", "q"], [("0", "2", 1), ("1", "3", 1), ("q", "3", 1)])
-    queries.vectors[0] = rows.take(np.array([0]))[0] * 2
-    found = run(Judgments(queries=queries), rows)
-    (what,) = (name for name in notes(found) if "are rows of the index" in name)
-    assert notes(found)[what] == (1, ("0",))
-
-
 def test_what_is_skipped_is_counted_with_examples() -> None:
     ids = [f"q{i}" for i in range(8)]
     judged = [
