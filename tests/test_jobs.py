@@ -258,7 +258,6 @@ device = "gpu"
     ("index", '"a\\u0000b"', "holds a line break or another"),
     ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, npy, npz, parquet, "),
     ("queries", "'nowhere.npy'", "nowhere.npy, which does not exist; give a file"),
-    ("qrels", "'clicks'", "clicks, which is a folder; give a file"),
     ("judgments", "'q.npy'", "q.npy, which is a file; create the folder"),
     ("judgments", "'nowhere'", "nowhere, which does not exist; create the folder"),
     ("labels", f"'{'x' * 300}'", "cannot be looked at: File name too long"),
