@@ -14,8 +14,14 @@ from numpy.typing import NDArray
 from simskip_vdb.click_tables import CSV, UBI, is_ubi
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.durable import json_of
-from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
-from simskip_vdb.parsing import HIGHEST_GRADE, as_float32, lines_of, malformed
+from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.parsing import (
+    HIGHEST_GRADE,
+    as_float32,
+    lines_of,
+    malformed,
+    opened_parquet,
+)
 
 WITH_VECTORS = (".jsonl", ".jsonl.gz", ".parquet")
 """Endings of logs of queries and clicks."""
@@ -163,26 +169,20 @@ def _block(
 
 
 def _parquet(path: Path) -> Iterator[LogBlock]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "eval") from error
     start = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            there = set(file.schema_arrow.names)
-            if not {"id", "vector"} <= there:
-                raise DataError(f"{path} needs the columns id and vector (lists of numbers)")
-            columns = sorted(there & {"id", "vector", "doc", "docs", "grade"})
-            for batch in file.iter_batches(_LINES, columns=columns):
-                table = dict(zip(columns, map(batch.column, columns), strict=True))
-                vectors = table.pop("vector").cast(pa.list_(pa.float64()))
-                rows = {name: column.to_pylist() for name, column in table.items()}
-                yield _rows(path, start, rows, vectors)
-                start += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged, or no click log: {error}") from error
+    with opened_parquet(path, "click log") as file:
+        import pyarrow as pa
+
+        there = set(file.schema_arrow.names)
+        if not {"id", "vector"} <= there:
+            raise DataError(f"{path} needs the columns id and vector (lists of numbers)")
+        columns = sorted(there & {"id", "vector", "doc", "docs", "grade"})
+        for batch in file.iter_batches(_LINES, columns=columns):
+            table = dict(zip(columns, map(batch.column, columns), strict=True))
+            vectors = table.pop("vector").cast(pa.list_(pa.float64()))
+            rows = {name: column.to_pylist() for name, column in table.items()}
+            yield _rows(path, start, rows, vectors)
+            start += batch.num_rows
 
 
 def _rows(path: Path, start: int, rows: Mapping[str, list[Any]], vectors: Any) -> LogBlock:  # noqa: ANN401 an arrow array

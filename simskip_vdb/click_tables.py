@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from simskip_vdb.click_models import SATISFIED, Clicks
 from simskip_vdb.datatypes import Vectors
 from simskip_vdb.durable import json_of
-from simskip_vdb.errors import DataError, MissingDependencyError
-from simskip_vdb.parsing import as_float32, lines_of, malformed
+from simskip_vdb.parsing import as_float32, json_record, lines_of, malformed, opened_parquet
 
 CSV = (".csv", ".csv.gz")
 """Endings of tables."""
@@ -273,27 +272,13 @@ def _text(record: Mapping[str, Any], path: str) -> str:
 
 def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     for number, line in enumerate(lines_of(path)):
-        if not line.strip():
-            continue
-        try:
-            record = json_of(line)
-        except ValueError as error:
-            malformed(path, number, f"it is not JSON ({error})")
-        if not isinstance(record, dict):
-            malformed(path, number, "it is no JSON object")
-        # Dumps of an index carry each document in an envelope.
-        yield record["_source"] if isinstance(record.get("_source"), dict) else record
+        if line.strip():
+            record = json_record(path, number, line)
+            # Dumps of an index carry each document in an envelope.
+            yield record["_source"] if isinstance(record.get("_source"), dict) else record
 
 
 def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "eval") from error
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(_BLOCK):
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged, or no dump of UBI's: {error}") from error
+    with opened_parquet(path, "dump of UBI's") as file:
+        for batch in file.iter_batches(_BLOCK):
+            yield from batch.to_pylist()

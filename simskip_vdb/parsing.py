@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice, repeat
@@ -333,6 +333,45 @@ def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:
     except (ValueError, OverflowError):
         return False
     return True
+
+
+def json_record(path: Path, number: int, line: str) -> Mapping[str, Any]:
+    """Return the JSON object that is a line of a file, by its index.
+
+    Raises:
+        DataError: It is none.
+    """
+    try:
+        record = json_of(line)
+    except ValueError as error:
+        malformed(path, number, f"it is not JSON ({error})")
+    if not isinstance(record, dict):
+        malformed(path, number, "it is no JSON object")
+    return record
+
+
+@contextmanager
+def opened_parquet(path: Path, what: str) -> Iterator[Any]:
+    """Open a Parquet file, and blame it for what goes wrong while it is read.
+
+    Args:
+        path: The file.
+        what: What it should be, for messages.
+
+    Raises:
+        DataError: It is damaged, or of another kind.
+        MissingDependencyError: pyarrow is not installed.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingDependencyError("pyarrow", "eval") from error
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path} is damaged, or no {what}: {error}") from error
 
 
 def _read_parquet(path: Path) -> tuple[list[str], Vectors]:

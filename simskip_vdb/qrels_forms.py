@@ -12,8 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.durable import json_of
-from simskip_vdb.errors import ConfigError, DataError, MissingDependencyError
-from simskip_vdb.parsing import HIGHEST_GRADE, Judged, Qrels, lines_of, malformed, read_qrels
+from simskip_vdb.errors import ConfigError, DataError
+from simskip_vdb.parsing import (
+    HIGHEST_GRADE,
+    Judged,
+    Qrels,
+    json_record,
+    lines_of,
+    malformed,
+    opened_parquet,
+    read_qrels,
+)
 
 IR_DATASETS = "ir_datasets:"
 """Begins the name of a data set of the package ir_datasets, in place of a path."""
@@ -63,7 +72,7 @@ def read_ids(path: Path) -> list[str]:
     ids = []
     for number, line in enumerate(lines_of(path)):
         if line.strip():
-            record = _record(path, number, line)
+            record = json_record(path, number, line)
             found = record.get("_id", record.get("id"))
             if not isinstance(found, str | int) or isinstance(found, bool):
                 malformed(path, number, "it has no _id")
@@ -149,7 +158,7 @@ def _json_lines(path: Path) -> Iterator[_Row]:
     names: dict[str, str] = {}
     for number, line in enumerate(lines_of(path)):
         if line.strip():
-            record = _record(path, number, line)
+            record = json_record(path, number, line)
             names = names or _columns_of(path, list(record))
             values = [record.get(names[what]) for what in _COLUMNS]
             if None in values:
@@ -157,32 +166,14 @@ def _json_lines(path: Path) -> Iterator[_Row]:
             yield str(values[0]), str(values[1]), values[2]  # type: ignore[misc]
 
 
-def _record(path: Path, number: int, line: str) -> Mapping[str, Any]:
-    try:
-        record = json_of(line)
-    except ValueError as error:
-        malformed(path, number, f"it is not JSON ({error})")
-    if not isinstance(record, dict):
-        malformed(path, number, "it is no JSON object")
-    return record
-
-
 def _parquet(path: Path) -> Iterator[_Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingDependencyError("pyarrow", "eval") from error
-    try:
-        with pq.ParquetFile(path) as file:
-            names = list(_columns_of(path, file.schema_arrow.names).values())
-            for batch in file.iter_batches(_BLOCK, columns=names):
-                columns = [batch.column(name).to_pylist() for name in names]
-                yield from zip(map(str, columns[0]), map(str, columns[1]), columns[2], strict=True)
-    except FileNotFoundError:
-        raise ConfigError(f"there is no file {path}; check the path") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged, or no Parquet file: {error}") from error
+    if not path.exists():
+        raise ConfigError(f"there is no file {path}; check the path")
+    with opened_parquet(path, "Parquet file") as file:
+        names = list(_columns_of(path, file.schema_arrow.names).values())
+        for batch in file.iter_batches(_BLOCK, columns=names):
+            columns = [batch.column(name).to_pylist() for name in names]
+            yield from zip(map(str, columns[0]), map(str, columns[1]), columns[2], strict=True)
 
 
 def _columns_of(path: Path, names: list[str]) -> dict[str, str]:
