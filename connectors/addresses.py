@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from urllib.parse import parse_qsl, quote, unquote
 
+from simskip_vdb.datatypes import Metric
 from simskip_vdb.errors import ConfigError
 
 
@@ -36,6 +37,24 @@ def parse_address(uri: str, known: Iterable[str]) -> tuple[str, dict[str, str]]:
             f"{', '.join(known)}"
         )
     return unquote(place), options
+
+
+def metric_of(address: str, name: str) -> Metric:
+    """Return the metric that an address names.
+
+    Args:
+        address: Without its options, for messages.
+        name: As it stands there.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return Metric(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"{address}: {error}; after the question mark, metric is cosine, dot or euclid"
+        ) from None
 
 
 def address_of(scheme: str, place: str, options: Mapping[str, str | None]) -> str:

@@ -74,12 +74,21 @@ class ArrayFormat(Protocol):
         ...
 
 
-class Npy:
-    """A ``.npy`` file: one array."""
+class _Plain:
+    """A file whose numbers stand in it as they are."""
 
     def __init__(self, path: Path, uri: str) -> None:
         self.file: Path = path
         self._uri = uri
+
+    def copy(self, target: Path, overwrite: Overwrite) -> None:
+        """See `ArrayFormat.copy`."""
+        shutil.copyfile(self.file, target)
+        overwrite(target, None)
+
+
+class Npy(_Plain):
+    """A ``.npy`` file: one array."""
 
     def layout(self, key: str | None) -> tuple[str | None, Layout]:
         """See `ArrayFormat.layout`; there are no names."""
@@ -91,23 +100,17 @@ class Npy:
     def array(self, key: str) -> None:
         """See `ArrayFormat.array`: there is only one."""
 
-    def copy(self, target: Path, overwrite: Overwrite) -> None:
-        """See `ArrayFormat.copy`."""
-        shutil.copyfile(self.file, target)
-        overwrite(target, None)
-
     def rest(self) -> object:
         """See `ArrayFormat.rest`."""
         _, found = self.layout(None)
         return _around(self.file, found)
 
 
-class SafeTensors:
+class SafeTensors(_Plain):
     """A ``.safetensors`` file: a header in JSON, and arrays by name."""
 
     def __init__(self, path: Path, uri: str) -> None:
-        self.file: Path = path
-        self._uri = uri
+        super().__init__(path, uri)
         with open(path, "rb") as file:
             head = file.read(8)
             size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -149,11 +152,6 @@ class SafeTensors:
             file.seek(self._start + value["data_offsets"][0])
             found: NDArray[Any] = np.frombuffer(file.read(count * dtype.itemsize), dtype)
         return np.reshape(found, value["shape"])
-
-    def copy(self, target: Path, overwrite: Overwrite) -> None:
-        """See `ArrayFormat.copy`."""
-        shutil.copyfile(self.file, target)
-        overwrite(target, None)
 
     def rest(self) -> object:
         """See `ArrayFormat.rest`."""

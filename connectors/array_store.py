@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simskip_vdb.connectors.addresses import address_of, parse_address
+from simskip_vdb.connectors.addresses import address_of, metric_of, parse_address
 from simskip_vdb.connectors.array_formats import FORMATS, ArrayFormat, read_npy
 from simskip_vdb.connectors.array_layout import File
 from simskip_vdb.connectors.digits import Digits, as_float32
 from simskip_vdb.connectors.row_file import LayOver, RowFile, state_of, state_root
 from simskip_vdb.datatypes import Ids, Metric, Positions, StoreInfo, Vectors, id_names, id_text
 from simskip_vdb.durable import disk_errors
-from simskip_vdb.errors import ConfigError, DataError, StoreError, StoreNotFoundError
+from simskip_vdb.errors import DataError, StoreError, StoreNotFoundError
 
 _WHOLE = re.compile(rb"-?[1-9][0-9]{0,17}|0")
 
@@ -129,13 +129,7 @@ class ArrayFile(RowFile):
         scheme = uri.partition(":")[0]
         known = [name for name in ArrayOptions._fields if name != "key" or scheme != "npy"]
         place, told = parse_address(uri, known)
-        try:
-            metric = Metric(told.pop("metric", "cosine"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{scheme}:{place}: {error}; after the question mark, metric is cosine, dot or "
-                "euclid"
-            ) from None
+        metric = metric_of(f"{scheme}:{place}", told.pop("metric", Metric.COSINE))
         return cls(place, scheme, ArrayOptions(**told, metric=metric), read_only=read_only)
 
     def info(self) -> StoreInfo:

@@ -160,9 +160,7 @@ def _told(column: Any) -> tuple[Any, ...]:  # noqa: ANN401 pyarrow
     logical = json.loads(column.logical_type.to_json())
     if (column.physical_type, logical.get("bitWidth")) in _PLAIN and logical.get("isSigned"):
         logical = {"Type": "None"}
-    sure = {
-        name: value for name, value in logical.items() if not name.startswith(("is_", "force_"))
-    }
+    sure = {name: value for name, value in logical.items() if not name.startswith(_UNSURE)}
     return (
         column.path,
         column.max_definition_level,

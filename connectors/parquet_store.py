@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simskip_vdb.connectors.addresses import parse_address
+from simskip_vdb.connectors.addresses import metric_of, parse_address
 from simskip_vdb.connectors.parquet_file import (
     SCHEME,
     Options,
@@ -24,7 +24,7 @@ from simskip_vdb.connectors.parted import Parted, PartFile, check_alike
 from simskip_vdb.connectors.row_file import check_fields, state_root
 from simskip_vdb.datatypes import Metric, StoreInfo
 from simskip_vdb.durable import disk_errors, has_file
-from simskip_vdb.errors import ConfigError, DataError, StoreNotFoundError, UnsupportedIndexError
+from simskip_vdb.errors import DataError, StoreNotFoundError, UnsupportedIndexError
 
 _SUFFIXES = (".parquet", ".parq", ".pq")
 _MAGIC = b"PAR1"
@@ -173,12 +173,7 @@ def _begins_as_parquet(path: Path) -> bool:
 
 def _parse(uri: str) -> tuple[Path, Options]:
     place, options = parse_address(uri, Options._fields)
-    try:
-        metric = Metric(options.pop("metric", "cosine"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{SCHEME}:{place}: {error}; after the question mark, metric is cosine, dot or euclid"
-        ) from None
+    metric = metric_of(f"{SCHEME}:{place}", options.pop("metric", Metric.COSINE))
     return Path(place), Options(**options, metric=metric)
 
 
