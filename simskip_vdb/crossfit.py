@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import JudgedQueries, Positions, Progress, Split
-from simskip_vdb.evaluation import compare, depth, relevant_rows, score, seen_queries
+from simskip_vdb.evaluation import depth, relevant_rows, score, seen_queries
 from simskip_vdb.fitting import (
     checkpoints,
     choose_late_rows,
@@ -21,7 +21,7 @@ from simskip_vdb.fitting import (
     recorded,
     treat_late_rows,
 )
-from simskip_vdb.gate import MIN_QUERIES, Comparison, Evidence
+from simskip_vdb.gate import MIN_QUERIES, Evidence
 from simskip_vdb.measuring import (
     CROSS_FITTED,
     Measured,
@@ -144,25 +144,10 @@ def measure_cross_fit(space: Workspace, crossed: CrossFit) -> tuple[Measured, Ev
             after[own], seen[own] = found.ids, seen_queries(part, relevant_rows(rest))
         was, now = (score(judged, ranked, space.measures) for ranked in (before, after))
         scored = Scored(judged=judged, seen=seen, before=was, after=now)
-        measured, evidence = weigh(space, crossed.refiner, scored, look, compare_spread)
+        measured, evidence = weigh(space, crossed.refiner, scored, look, stretch=SPREAD)
     evidence = replace(evidence, chosen=space.ledger.saw(look, evidence.chosen))
     shown = detail(space, scored, before, after)
     return replace(measured, split=CROSS_FITTED, detail=shown), evidence
-
-
-def compare_spread(
-    before: Scores,
-    after: Scores,
-    level: float | None,
-    seed: int,
-    *,
-    assumed_loss: float = 0.0,
-) -> Comparison:
-    """Compare as `compare` does, with differences `SPREAD` times as far from their mean."""
-    plain = compare(before, after, None, seed)
-    spread = plain.delta + SPREAD * (after - before - plain.delta)
-    found = compare(before, before + spread, level, seed, assumed_loss=assumed_loss)
-    return replace(found, after=plain.after, wins=plain.wins, ties=plain.ties, losses=plain.losses)
 
 
 def _fit_fold(

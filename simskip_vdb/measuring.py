@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,6 @@ from simskip_vdb.evaluation import (
 )
 from simskip_vdb.gate import (
     MIN_QUERIES,
-    Comparison,
     Decision,
     Evidence,
     LateRows,
@@ -94,21 +93,6 @@ class Scored:
     seen: NDArray[np.bool_]
     before: Mapping[str, NDArray[np.float64]]
     after: Mapping[str, NDArray[np.float64]]
-
-
-class Compare(Protocol):
-    """Compares one measure as `statistics.compare` does."""
-
-    def __call__(
-        self,
-        before: NDArray[np.float64],
-        after: NDArray[np.float64],
-        level: float | None,
-        seed: int,
-        *,
-        assumed_loss: float = 0.0,
-    ) -> Comparison:
-        """See `statistics.compare`."""
 
 
 def measure(
@@ -313,7 +297,8 @@ def weigh(
     refiner: Refiner,
     scored: Scored,
     look: Look,
-    compared_by: Compare = compare,
+    *,
+    stretch: float = 1.0,
 ) -> tuple[Measured, Evidence]:
     """Compare scores before and after, the chosen measure at the level of a look.
 
@@ -322,17 +307,18 @@ def weigh(
         refiner: What the scores are of.
         scored: The scores.
         look: The look that is taken.
-        compared_by: Compares one measure.
+        stretch: As in `compare`.
     """
     was, now = scored.before[space.measure], scored.after[space.measure]
     levels = {name: None for name in space.measures} | {space.measure: look.level}
     compared = {
-        name: compared_by(
+        name: compare(
             scored.before[name],
             scored.after[name],
             level,
             look.seed,
             assumed_loss=look.assumed_loss(len(was)),
+            stretch=stretch,
         )
         for name, level in levels.items()
     }

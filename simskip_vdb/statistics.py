@@ -57,6 +57,7 @@ def compare(
     seed: int,
     *,
     assumed_loss: float = 0.0,
+    stretch: float = 1.0,
 ) -> Comparison:
     """Compare one measure before and after on the same queries.
 
@@ -73,6 +74,7 @@ def compare(
         level: One-sided level of the look; None describes without testing.
         seed: Draws the resamples.
         assumed_loss: What that query loses, as a share of the largest move (`Look.assumed_loss`).
+        stretch: Take differences so many times as far from their mean, where they are correlated.
 
     Raises:
         ValueError: The shapes differ, or there is no query.
@@ -81,17 +83,18 @@ def compare(
     if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
         raise ValueError(f"cannot pair scores of shapes {before.shape} and {after.shape}")
     deltas = _rounded(after - before)
-    ci95 = _bootstrap(deltas, 0.025, seed)
+    mean = float(deltas.mean())
+    tested = deltas if stretch == 1 else _rounded(mean + stretch * (deltas - mean))
     p, p_harm, interval = None, None, None
     if level is not None:
-        p, p_harm, interval = prove(deltas, level, seed, assumed_loss=assumed_loss)
+        p, p_harm, interval = prove(tested, level, seed, assumed_loss=assumed_loss)
     return Comparison(
         queries=len(deltas),
         before=float(before.mean()),
         after=float(after.mean()),
-        delta=float(deltas.mean()),
-        spread=float(deltas.std(ddof=1)) if len(deltas) > 1 else None,
-        ci95=ci95,
+        delta=mean,
+        spread=float(tested.std(ddof=1)) if len(tested) > 1 else None,
+        ci95=_bootstrap(tested, 0.025, seed),
         wins=int(np.count_nonzero(deltas > 0)),
         ties=int(np.count_nonzero(deltas == 0)),
         losses=int(np.count_nonzero(deltas < 0)),

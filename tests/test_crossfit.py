@@ -14,7 +14,7 @@ from judged import Case, make_case
 
 import simskip_vdb as ss
 from simskip_vdb import crossfit, training
-from simskip_vdb.crossfit import BELOW, FOLDS, compare_spread
+from simskip_vdb.crossfit import BELOW, FOLDS, SPREAD
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.ledger import FIRST_LEVEL, Ledger
 from simskip_vdb.report import Report, render
@@ -167,7 +167,7 @@ def test_folds_are_even_and_keep_near_identical_queries_together() -> None:
 def test_spread_intervals_are_half_as_wide_again() -> None:
     rng = np.random.default_rng(1)
     before, after = rng.random(120), rng.random(120) + 0.2
-    plain, spread = (f(before, after, FIRST_LEVEL, 0) for f in (compare, compare_spread))
+    plain, spread = (compare(before, after, FIRST_LEVEL, 0, stretch=s) for s in (1, SPREAD))
     for name in ("queries", "wins", "ties", "losses"):
         assert getattr(spread, name) == getattr(plain, name)
     assert (spread.before, spread.after) == pytest.approx((plain.before, plain.after))
