@@ -67,13 +67,22 @@ class Attempt:
         return [name for name, digest in judged.items() if self.judged.get(name) != digest]
 
 
+def judged_ids(judgments: Judgments) -> set[str]:
+    """Return the ids of all queries that are given."""
+    return {name for given in _sets(judgments) for name in given.ids}
+
+
 def judged_digests(judgments: Judgments) -> dict[str, str]:
     """Hash each query that is given, with its vector and judgments: 16 hex digits by query id."""
     found: dict[str, str] = {}
-    for given in (judgments.queries, judgments.dev, judgments.test):
-        if given is not None:
-            found |= _digests(given)
+    for given in _sets(judgments):
+        found |= _digests(given)
     return found
+
+
+def _sets(judgments: Judgments) -> list[QuerySet]:
+    given = (judgments.queries, judgments.dev, judgments.test)
+    return [one for one in given if one is not None]
 
 
 def _digests(given: QuerySet) -> dict[str, str]:

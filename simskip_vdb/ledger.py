@@ -61,7 +61,6 @@ class _Entry:
         time: Seconds since 1970.
         p: One-sided p of a gain; the largest, where it was taken again; None where it never got
             so far.
-        promising: Whether that is at most `PROMISING`.
         earned: Whether its proven gain earned wealth.
         spread: Standard deviation of the queries' differences; None where it never got so far.
     """
@@ -72,9 +71,13 @@ class _Entry:
     level: float
     time: float
     p: float | None = None
-    promising: bool = False
     earned: bool = False
     spread: float | None = None
+
+    @property
+    def promising(self) -> bool:
+        """Whether it costs nothing."""
+        return self.p is not None and self.p <= PROMISING
 
 
 @dataclass(slots=True, kw_only=True)
@@ -149,12 +152,7 @@ class Ledger:
 
         The next look's number stands for those that nobody looked at yet.
         """
-        following, first = self.looks + 1, self._kept.first
-        found: NDArray[np.int64] = np.array(
-            [min(first.get(name, following) for name in names) for names in _names(queries)],
-            np.int64,
-        )
-        return found
+        return np.array(self._first(_names(queries)), np.int64)
 
     def fresh(self, queries: JudgedQueries) -> NDArray[np.bool_]:
         """Tell which queries nobody looked at or watched by yet, shape (m,)."""
@@ -188,29 +186,24 @@ class Ledger:
             key: What is looked at; a look with the same key is the same one.
             queries: All test queries.
         """
-        looks = self._kept.looks
+        looks, names = self._kept.looks, _names(queries)
         number = next((i for i, entry in enumerate(looks, 1) if entry.key == key), None)
         if number is None:
             number = self.looks + 1
-            first = int(self.first_looks(queries).min(initial=number))
+            first = min(self._first(names), default=number)
             level = self._level(first, number)
-            self._mark(queries, number)
+            self._mark(names, number)
             looks.append(
                 _Entry(
                     key=dict(key), queries=len(queries), first=first, level=level, time=time.time()
                 )
             )
             self._save()
-        self._asked[number] = _flat(queries)
+        self._asked[number] = [name for pair in names for name in pair]
         entry = looks[number - 1]
         text = json.dumps(entry.key, sort_keys=True).encode()
-        return Look(
-            number=number,
-            level=entry.level,
-            next_level=self._level(entry.first, self.looks + 1),
-            proven=len(self._earned(entry.first)),
-            seed=int.from_bytes(hashlib.sha256(text).digest()[:4], "big"),
-        )
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
+        return self._as_look(number, entry.level, entry.first, seed)
 
     def next_look(self, first: int) -> Look:
         """Return the look that would be taken next, without a seed of its own.
@@ -219,20 +212,14 @@ class Ledger:
             first: Number of the look by which the earliest of its queries was first looked at.
         """
         number = self.looks + 1
-        return Look(
-            number=number,
-            level=self._level(first, number),
-            next_level=self._level(first, number + 1),
-            proven=len(self._earned(first)),
-            seed=0,
-        )
+        return self._as_look(number, self._level(first, number), first, seed=0)
 
     def saw(self, look: Look, found: Comparison) -> Comparison:
         """Note what a look found, and return it with the largest p that the same look ever had."""
         entry = self._kept.looks[look.number - 1]
         p = 1.0 if found.p is None else found.p
         entry.p = p if entry.p is None else max(p, entry.p)
-        entry.promising, entry.spread = entry.p <= PROMISING, found.spread
+        entry.spread = found.spread
         self._save()
         return found if found.p is None else replace(found, p=entry.p)
 
@@ -257,7 +244,7 @@ class Ledger:
         """
         kept = self._kept
         kept.watch = watch
-        self._mark(queries, self.looks + 1)
+        self._mark(_names(queries), self.looks + 1)
         for name in useless:
             kept.first.setdefault(f"id:{name}", self.looks + 1)
         if watch.harmful and watch.refiner not in kept.harmful:
@@ -279,30 +266,43 @@ class Ledger:
         """Tell whether fresh queries proved that a refiner, named by its id, does harm."""
         return refiner in self._kept.harmful
 
+    def _as_look(self, number: int, level: float, first: int, seed: int) -> Look:
+        return Look(
+            number=number,
+            level=level,
+            next_level=self._level(first, max(number, self.looks) + 1),
+            proven=len(self._earned(first)),
+            seed=seed,
+        )
+
+    def _first(self, names: Iterable[_Names]) -> list[int]:
+        """Return by which look queries were first looked at, the next for those that were not."""
+        following, first = self.looks + 1, self._kept.first
+        return [min(first.get(name, following) for name in pair) for pair in names]
+
     def _earned(self, first: int) -> list[int]:
         """Return the looks before `first` that earned wealth."""
         return [i for i, entry in enumerate(self._kept.looks[: first - 1], 1) if entry.earned]
 
-    def _mark(self, queries: JudgedQueries, number: int) -> None:
+    def _mark(self, names: Iterable[_Names], number: int) -> None:
         """Note by which look queries were first looked at, under each of their names."""
         first = self._kept.first
-        for names in _names(queries):
-            earliest = min(first.get(name, number) for name in names)
-            first.update(dict.fromkeys(names, earliest))
+        for pair in names:
+            earliest = min(first.get(name, number) for name in pair)
+            first.update(dict.fromkeys(pair, earliest))
 
     def _save(self) -> None:
         data = {"schema": SCHEMA, **asdict(self._kept)}
         write_durably(self._path, json.dumps(data).encode())
 
 
-def _names(queries: JudgedQueries) -> list[tuple[str, str]]:
-    """Return each query's id, and its vector's digest as a name that no id has."""
+_Names = tuple[str, str]
+"""A query's id, and its vector's digest as a name that no id has."""
+
+
+def _names(queries: JudgedQueries) -> list[_Names]:
     named = zip(queries.ids, row_digests(queries.vectors).tolist(), strict=True)
     return [(f"id:{name}", f"vector:{digest:016x}") for name, digest in named]
-
-
-def _flat(queries: JudgedQueries) -> list[str]:
-    return [name for names in _names(queries) for name in names]
 
 
 def _read(data: Mapping[str, Any]) -> _Contents:

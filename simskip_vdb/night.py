@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simskip_vdb.attempts import Attempt, judged_digests
+from simskip_vdb.attempts import Attempt, judged_digests, judged_ids
 from simskip_vdb.crossfit import applies
 from simskip_vdb.datatypes import Mask, Progress, Split, silent
 from simskip_vdb.drift import Drift, measure_drift, sampled
@@ -156,7 +156,7 @@ def _quiet(
     watch = ledger.watching(manifest.current.refiner) if watches else None
     if watch is not None and watch.harmful:
         return None
-    if watches and ledger.unwatched(judged_digests(judgments)):
+    if watches and ledger.unwatched(judged_ids(judgments)):
         return None
     journal.check_marker(store)
     with journal:
@@ -216,7 +216,7 @@ def _watch_live(space: Workspace, judgments: Judgments) -> HarmWatch | None:
     if len(asked) and not space.measure.startswith("Num"):  # counts know no bound
         order = np.argsort(row_digests(asked.vectors), kind="stable")
         watch = watch.seeing(live_gains(space, asked)[order])
-    useless = ledger.unwatched(judged_digests(judgments).keys() - set(fresh.ids))
+    useless = ledger.unwatched(judged_ids(judgments).difference(fresh.ids))
     if len(fresh) or useless:
         ledger.watched(watch, fresh, useless)
     return watch
