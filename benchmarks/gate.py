@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import nights as played_nights
 import numpy as np
 import procedures
 from nights import Series, World, clicked, fixed, fresh, growing, play, tilted
@@ -142,9 +141,8 @@ def _cells(
 def code(store: Path) -> str:
     """Hash what the results depend on."""
     ours, names = Path(simskip_vdb.__file__).parent, ("gate", "ledger", "statistics", "harm")
-    sources = [ours / f"{name}.py" for name in names]
-    sources += [Path(played_nights.__file__), Path(procedures.__file__), store]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    sources = [*(ours / f"{name}.py" for name in names), HERE / "nights.py", HERE / "procedures.py"]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (*sources, store))).hexdigest()[:12]
 
 
 _KNOWN: list[Scenario] = []
@@ -266,7 +264,7 @@ def scenarios(store: Path) -> Iterator[Scenario]:
     noise = tuple(one for refiners in read(store).values() for one in recentred(refiners))
     improving = tuple(deltas for deltas in gains().values() if tilts(deltas, 0.1))
     for truth, pool in (("worthless", real), ("worthless, most left-skewed", skewed)):
-        yield from _asked(truth, MONTH, 2 * MANY, 60, pool=pool)
+        yield from _asked(truth, MONTH, 4 * MANY, 60, pool=pool)
         yield from _asked(truth, MONTH, MANY, SIZE, pool=pool)
         yield from _asked(truth, YEAR, SOME, SIZE, pool=pool)
     fitted = "worthless, fitted on permuted judgments or noise"

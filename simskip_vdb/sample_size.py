@@ -8,7 +8,7 @@ from statistics import NormalDist
 POWER = 0.8
 """How often a gain should be found that is there."""
 TYPICAL_SPREAD = 0.2
-"""Standard deviation of a query's gain where none was seen; .12 to .26 on the sets of
+"""Standard deviation of a query's gain where none was seen; .09 to .26 on the sets of
 ``docs/quality.md``."""
 
 
