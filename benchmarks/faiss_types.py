@@ -22,7 +22,7 @@ import numpy as np
 from faiss_cells import CELLS, FULL, Cell, Expect, Rows, ids_of
 
 import simskip_vdb as ss
-from simskip_vdb import measuring, pipeline
+from simskip_vdb import pipeline, through_index
 from simskip_vdb.datatypes import Metric, Side
 from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import DataError, SimskipError, UnsupportedIndexError
@@ -43,7 +43,7 @@ def main() -> None:
         chosen = [cell for cell in chosen if cell.name not in known]
     rows = make_rows()
     # With 200 probes, chance alone moves the ann_recall of coarse codes by .01.
-    measuring.ANN_PROBES = 2000
+    through_index.ANN_PROBES = 2000
     for cell in chosen:
         known[cell.name] = found = prove(cell, rows)
         print(f"{cell.name}: {found.get('ann_recall', found.get('refusal'))}", flush=True)

@@ -21,9 +21,9 @@ from simskip_vdb import pipeline
 from simskip_vdb.config import FitSettings, Signal
 from simskip_vdb.datatypes import ID_TEXT, Ids, Metric, Side, VectorBatch, Vectors
 from simskip_vdb.journal import Journal
-from simskip_vdb.measuring import ThroughIndex
 from simskip_vdb.reindex import snapshot
 from simskip_vdb.rows import row_digests
+from simskip_vdb.through_index import ThroughIndex
 
 BLOCK, PAGE = 8192, 256
 LARGE = 500_000

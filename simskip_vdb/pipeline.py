@@ -19,7 +19,7 @@ from simskip_vdb.gate import MIN_QUERIES, Decision, Proof, decide
 from simskip_vdb.journal import IN_PLACE
 from simskip_vdb.judgments import Judgments
 from simskip_vdb.logs import only_tells
-from simskip_vdb.measuring import Measured, ThroughIndex, measure
+from simskip_vdb.measuring import Measured, measure
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import (
     Written,
@@ -30,6 +30,7 @@ from simskip_vdb.reporting import build_report, changes, forecast, written_part
 from simskip_vdb.runs import Runs, record
 from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import check_same_mode
+from simskip_vdb.through_index import ThroughIndex
 from simskip_vdb.workspace import (
     Settings,
     Workspace,

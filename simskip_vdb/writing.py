@@ -13,7 +13,6 @@ from simskip_vdb.datatypes import Progress, Split, Vectors
 from simskip_vdb.errors import JournalError
 from simskip_vdb.gate import Decision
 from simskip_vdb.journal import Journal, Write
-from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.refiner import Refiner
 from simskip_vdb.reindex import Written, abandon, write, write_copy
 from simskip_vdb.report import Report
@@ -22,6 +21,7 @@ from simskip_vdb.row_by_row import settled
 from simskip_vdb.state_place import point_elsewhere
 from simskip_vdb.store import VectorStore, abilities
 from simskip_vdb.targets import holds
+from simskip_vdb.through_index import RefusedError, ThroughIndex
 from simskip_vdb.workspace import Workspace
 
 

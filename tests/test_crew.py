@@ -264,7 +264,7 @@ def test_a_worker_that_was_out_of_reach_cannot_write_after_an_undo(
 
     monkeypatch.setattr(turns, "run", run)
     if end == "is refused":
-        monkeypatch.setattr("simskip_vdb.measuring.ThroughIndex.accept", refuse)
+        monkeypatch.setattr("simskip_vdb.through_index.ThroughIndex.accept", refuse)
     with pytest.raises(StoreError, match="on fire"):
         desk.refine()
     for again in late:
@@ -293,7 +293,7 @@ def test_rows_that_came_while_workers_wrote_do_not_shift_others(
         raise StoreError("the disk is on fire")
 
     monkeypatch.setattr(turns, "run", grow)
-    monkeypatch.setattr("simskip_vdb.measuring.ThroughIndex.accept", refuse)
+    monkeypatch.setattr("simskip_vdb.through_index.ThroughIndex.accept", refuse)
     with pytest.raises(StoreError, match="on fire"):
         desk.refine()
     desk.ids = np.concatenate([desk.ids, 10_000 + np.arange(40)])

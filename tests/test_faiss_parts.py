@@ -28,9 +28,9 @@ from simskip_vdb.errors import (
     StoreChangedError,
     StoreError,
 )
-from simskip_vdb.measuring import ThroughIndex
 from simskip_vdb.report import Report
 from simskip_vdb.store import Candidate, VectorStore
+from simskip_vdb.through_index import ThroughIndex
 
 # The whole job, judged.
 

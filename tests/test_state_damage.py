@@ -20,8 +20,8 @@ from simskip_vdb.connectors import open_store
 from simskip_vdb.errors import LONGEST, ConfigError, JournalError, SimskipError
 from simskip_vdb.gate import Decision
 from simskip_vdb.journal import Journal
-from simskip_vdb.measuring import RefusedError, ThroughIndex
 from simskip_vdb.state_place import state_folder
+from simskip_vdb.through_index import RefusedError, ThroughIndex
 
 N = 120
 IDS = np.arange(N) * 7 + 3
