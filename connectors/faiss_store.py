@@ -33,7 +33,7 @@ from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
 from simskip_vdb.connectors.originals import ArrayRows
 from simskip_vdb.connectors.part_notes import refuse_part
-from simskip_vdb.connectors.rows import RowOrder, checked_queries, only_vectors
+from simskip_vdb.connectors.rows import OneFile, RowOrder, checked_queries, only_vectors
 from simskip_vdb.connectors.swap import (
     Identity,
     appear,
@@ -48,7 +48,7 @@ from simskip_vdb.connectors.swap import (
     unchanged,
 )
 from simskip_vdb.datatypes import Cursor, Ids, Neighbors, StoreInfo, VectorBatch, Vectors
-from simskip_vdb.durable import beside, disk_errors, make_durable, sha256_of
+from simskip_vdb.durable import beside, disk_errors, make_durable
 from simskip_vdb.errors import (
     ConfigError,
     StoreError,
@@ -62,7 +62,7 @@ _SCHEME = "faiss:"
 _ROWS = 8192
 
 
-class FaissStore:
+class FaissStore(OneFile):
     """A `VectorStore` that is one file, written by ``faiss.write_index``.
 
     Its inverted lists may be in a file of their own, beside which new ones are written.
@@ -102,20 +102,6 @@ class FaissStore:
         store = cls(uri.removeprefix(_SCHEME), read_only=read_only)
         refuse_part(store.path)
         return store
-
-    @property
-    def path(self) -> Path:
-        """The index file, links resolved."""
-        return self._path
-
-    @property
-    def ids(self) -> Ids:
-        """Row ids in scan order, shape (n,), int64."""
-        return self._rows.ids
-
-    def sha256(self) -> str:
-        """Hash the file's bytes, 64 hex digits."""
-        return sha256_of(self._path)
 
     def info(self) -> StoreInfo:
         """Describe the index as it was opened."""
@@ -335,10 +321,6 @@ class FaissStore:
         unchanged(self._path, self._identity, expected)
         if self._lists is not None:
             unchanged(self._lists.path, self._lists_identity)
-
-    def _writable(self) -> None:
-        if self._read_only:
-            raise ConfigError(f"{self._uri} was opened for reading only")
 
     def _read(self, start: int, stop: int) -> Vectors:
         self._unchanged()

@@ -14,7 +14,13 @@ import numpy as np
 
 from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.digits import Digits
-from simskip_vdb.connectors.rows import Change, RowOrder, checked_queries, no_partitions
+from simskip_vdb.connectors.rows import (
+    Change,
+    OneFile,
+    RowOrder,
+    checked_queries,
+    no_partitions,
+)
 from simskip_vdb.connectors.swap import (
     Identity,
     appear,
@@ -38,7 +44,7 @@ from simskip_vdb.datatypes import (
     VectorBatch,
     Vectors,
 )
-from simskip_vdb.durable import beside, json_of, make_durable, sha256_of
+from simskip_vdb.durable import beside, json_of, make_durable
 from simskip_vdb.errors import ConfigError, StoreNotFoundError, VerificationError
 from simskip_vdb.search import exact_search
 from simskip_vdb.state_place import DIGITS
@@ -110,7 +116,7 @@ def state_of(path: Path, own: str, name_in: Callable[[str], str]) -> Path:
     return root if own == owner else root / "columns" / quote(own, safe="")
 
 
-class RowFile:
+class RowFile(OneFile):
     """A `VectorStore` that is one file; what is in it, subclasses tell.
 
     There is no index in such a file, so a search compares all rows.
@@ -154,16 +160,6 @@ class RowFile:
         """Describe the file as it was opened."""
         raise NotImplementedError
 
-    @property
-    def path(self) -> Path:
-        """The file, links resolved."""
-        return self._path
-
-    @property
-    def ids(self) -> Ids:
-        """Row ids in scan order, shape (n,)."""
-        return self._rows.ids
-
     def reopen(self) -> None:
         """Look at the file anew."""
         if not self._path.is_file():
@@ -180,10 +176,6 @@ class RowFile:
     def _digits(self) -> Path:
         """Where the digits of originals are kept that float32 does not hold."""
         return self._state / DIGITS / "rows"
-
-    def sha256(self) -> str:
-        """Hash the file's bytes, 64 hex digits."""
-        return sha256_of(self._path)
 
     def scan(
         self,
@@ -277,10 +269,6 @@ class RowFile:
     @property
     def _uri(self) -> str:
         return self._address(self._path)
-
-    def _writable(self) -> None:
-        if self._read_only:
-            raise ConfigError(f"{self._uri} was opened for reading only")
 
     def _batch(self, start: int, stop: int, fields: Sequence[str]) -> VectorBatch:
         unchanged(self._path, self._identity)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from simskip_vdb.datatypes import Cursor, Ids, Mask, Positions, VectorBatch, Vectors, id_names
+from simskip_vdb.durable import sha256_of
 from simskip_vdb.errors import ConfigError, DataError
 
 
@@ -108,6 +110,36 @@ class RowOrder:
     def _refuse(self, ids: Ids, why: str) -> None:
         if len(ids):
             raise DataError(f"{self._store}: id {id_names(ids)[0]} {why}")
+
+
+class OneFile:
+    """What stores that are one file have in common."""
+
+    _path: Path
+    _read_only: bool
+    _rows: RowOrder
+
+    @property
+    def path(self) -> Path:
+        """The file, links resolved."""
+        return self._path
+
+    @property
+    def ids(self) -> Ids:
+        """Row ids in scan order, shape (n,)."""
+        return self._rows.ids
+
+    def sha256(self) -> str:
+        """Hash the file's bytes, 64 hex digits."""
+        return sha256_of(self._path)
+
+    @property
+    def _uri(self) -> str:
+        raise NotImplementedError
+
+    def _writable(self) -> None:
+        if self._read_only:
+            raise ConfigError(f"{self._uri} was opened for reading only")
 
 
 def only_vectors(store: str, fields: object, partition: object) -> None:
