@@ -40,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 RESULTS = machine.RESULTS / "gate.json"
 DOCS = HERE.parent / "docs" / "gate.md"
 MONTH, YEAR = 30, 365
-MANY, SOME = 150, 30
+MANY, SOME = 150, 15
 """Indexes that are looked after for a month, and for a year."""
 GAIN, SIZE = 0.02, 300
 GAINS, SIZES = (0.01, 0.02, 0.05), (50, 200, 1000)
@@ -266,7 +266,7 @@ def scenarios(store: Path) -> Iterator[Scenario]:
     for truth, pool in (("worthless", real), ("worthless, most left-skewed", skewed)):
         yield from _asked(truth, MONTH, 4 * MANY, 60, pool=pool)
         yield from _asked(truth, MONTH, MANY, SIZE, pool=pool)
-        yield from _asked(truth, YEAR, SOME, SIZE, pool=pool)
+        yield from _asked(truth, YEAR, MANY, SIZE, pool=pool)
     fitted = "worthless, fitted on permuted judgments or noise"
     yield from _asked(fitted, MONTH, MANY // 2, SIZE, pool=noise)
     by_clicks = "worthless, judged by clicks on what is live"
@@ -276,7 +276,7 @@ def scenarios(store: Path) -> Iterator[Scenario]:
     yield from _asked(
         f"gaining {GAIN:g} more after every 60 nights of drift",
         YEAR,
-        SOME // 2,
+        SOME,
         SIZE,
         pool=improving,
         candidate=lambda night: GAIN * (1 + night // 60),

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, cast
 from urllib.parse import unquote
 
 from simskip_vdb.connectors.addresses import address_of
+from simskip_vdb.connectors.folders import is_simple_store
 from simskip_vdb.connectors.originals import ArrayRows, read_ids, read_vectors
 from simskip_vdb.connectors.rows import RowOrder
 from simskip_vdb.durable import LONGEST_NAME
@@ -40,6 +41,7 @@ _BUILT_IN = {
         ("npy", "npz", "safetensors"),
         _BuiltIn("simskip_vdb.connectors.array_store", "ArrayFile", "eval"),
     ),
+    "llama-index": _BuiltIn("simskip_vdb.connectors.json_store", "SimpleStoreFile", "eval"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),
@@ -53,7 +55,7 @@ _BY_SUFFIX = {
     ".npz": "npz",
     ".safetensors": "safetensors",
 }
-"""Schemes of plain paths that end so; any other is FAISS's."""
+"""Schemes of plain paths that end so; any other is FAISS's, but for LlamaIndex's own store."""
 
 _FAISS_PARTS = _BuiltIn("simskip_vdb.connectors.faiss_parts", "FaissParts", "faiss")
 
@@ -71,8 +73,8 @@ def open_store(
 
     Args:
         uri: ``SCHEME:REST``; a plain path means ``faiss:PATH``, but where it ends in ``.parquet``,
-            ``.npy``, ``.npz`` or ``.safetensors``, and one with ``*``, ``?`` or ``[…]`` several
-            FAISS files that are one index.
+            ``.npy``, ``.npz`` or ``.safetensors`` or is a store of LlamaIndex's own, and one with
+            ``*``, ``?`` or ``[…]`` several FAISS files that are one index.
         read_only: Refuse every write through this handle.
         originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
             in the order of its rows, or another store that has the same ids.
@@ -123,7 +125,10 @@ def scheme_of(uri: str, base: Path | None = None) -> str:
     """Return the scheme of an address; a plain path, relative to `base`, has one by its suffix."""
     match = re.match(r"([a-z][a-z0-9+.-]*):", uri)
     if match is None or os.path.exists(Path(base or "", uri)):
-        return _BY_SUFFIX.get(Path(_plain_path(uri, base)).suffix.lower(), "faiss")
+        path = Path(_plain_path(uri, base))
+        if is_simple_store(Path(base or "", path)):
+            return "llama-index"
+        return _BY_SUFFIX.get(path.suffix.lower(), "faiss")
     return match[1]
 
 
@@ -131,7 +136,7 @@ def full_address(uri: str, base: Path | None = None) -> str:
     """Return an address with its scheme, where it is a plain path that is not FAISS's."""
     scheme = scheme_of(uri, base)
     plain = not uri.startswith(f"{scheme}:") or os.path.exists(Path(base or "", uri))
-    if scheme not in _BY_SUFFIX.values() or not plain:
+    if scheme == "faiss" or not plain:
         return uri
     path = _plain_path(uri, base)
     return address_of(scheme, path, {}) + uri[len(path) :]

@@ -13,7 +13,6 @@ import faiss
 import numpy as np
 
 from simskip_vdb.connectors.faiss_flat import FlatFile
-from simskip_vdb.connectors.faiss_folders import locate
 from simskip_vdb.connectors.faiss_gpu import MOST_NEIGHBOURS, on_gpu
 from simskip_vdb.connectors.faiss_layout import Layout, take_apart
 from simskip_vdb.connectors.faiss_lists import (
@@ -29,11 +28,19 @@ from simskip_vdb.connectors.faiss_open import (
     give_back_memory,
     read_mapped,
 )
+from simskip_vdb.connectors.faiss_payload import columns, payload_beside
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
+from simskip_vdb.connectors.folders import locate
 from simskip_vdb.connectors.originals import ArrayRows
 from simskip_vdb.connectors.part_notes import refuse_part
-from simskip_vdb.connectors.rows import OneFile, RowOrder, checked_queries, only_vectors
+from simskip_vdb.connectors.rows import (
+    OneFile,
+    RowOrder,
+    checked_queries,
+    no_partitions,
+    only_vectors,
+)
 from simskip_vdb.connectors.swap import (
     Identity,
     appear,
@@ -90,6 +97,7 @@ class FaissStore(OneFile):
         self._path = locate(Path(path)).resolve()
         self._read_only = read_only
         self._originals: ExactVectors | None = None
+        self._payload = payload_beside(self._path)
         self._open(trust)
 
     @classmethod
@@ -115,6 +123,8 @@ class FaissStore(OneFile):
             positional=layout.positional,
             exact=layout.fidelity is Fidelity.EXACT,
             lossy=layout.fidelity is Fidelity.LOSSY,
+            payload=self._payload is not None,
+            document_ids=None if self._payload is None else self._payload.ids,
             state=beside(self.path, ".simskip"),
             details=layout.details,
         )
@@ -132,11 +142,19 @@ class FaissStore(OneFile):
         The order is that of the positions or of the id map; an IVF goes by ascending id, so that
         the order is the same after vectors were replaced.
         """
-        only_vectors(self._uri, fields, partition)
+        known: dict[int, list[Any]] = {}
+        if self._payload is None or not fields:
+            only_vectors(self._uri, fields, partition)
+        else:
+            no_partitions(self._uri, partition)
+            known = self._payload.read(fields)
         windows = self._rows.windows(batch_size, cursor)
         return (
             VectorBatch(
-                ids=self._rows.ids[start:stop], vectors=self._read(start, stop), cursor=stop
+                ids=self._rows.ids[start:stop],
+                vectors=self._read(start, stop),
+                fields=columns(known, self._rows.ids[start:stop], fields),
+                cursor=stop,
             )
             for start, stop in windows
         )

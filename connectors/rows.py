@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,14 +142,14 @@ class OneFile:
             raise ConfigError(f"{self._uri} was opened for reading only")
 
 
-def only_vectors(store: str, fields: object, partition: object) -> None:
+def only_vectors(store: str, fields: Sequence[str], partition: object) -> None:
     """Refuse payload columns and partitions for a store that has neither.
 
     Raises:
         ConfigError: One of them was asked for.
     """
     if fields:
-        raise ConfigError(f"{store}: rows have no payload, so there are no fields to read")
+        raise ConfigError(f"{store}: rows have no payload, so there is no field '{fields[0]}'")
     no_partitions(store, partition)
 
 

@@ -93,6 +93,8 @@ class StoreInfo:
         rounding: Relative L2 distance within which a vector that is not exact is read back.
         exhaustive: True where a search compares every row, as exact search does.
         payload: True where rows have payload fields.
+        document_ids: The payload field that names rows where nobody names another; None where
+            judgments name index ids.
         partial: True where a filter hides rows, so that one may leave or enter.
         state: Folder where the state of this store is kept, unless told otherwise; None where
             there is no usual place.
@@ -111,6 +113,7 @@ class StoreInfo:
     rounding: float = 2e-3
     exhaustive: bool = False
     payload: bool = False
+    document_ids: str | None = None
     partial: bool = False
     state: Path | None = None
     claim: Path | None = None

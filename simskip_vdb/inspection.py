@@ -203,7 +203,8 @@ def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list
     uri = f"{quoted} --originals FILE.npy" if info.lossy else quoted
     ids, groups = "--doc-ids D.txt", "--labels LABELS.txt"
     if info.payload:
-        ids, groups = "--doc-id-field FIELD", "--group-field FIELD"
+        ids = "--doc-id-field FIELD" if info.document_ids is None else ""
+        groups = "--group-field FIELD"
     steps = []
     if past["copy_of"]:
         return [f"this is a refined copy; refine the original: simskip inspect {past['copy_of']}"]
@@ -221,7 +222,7 @@ def _next_steps(info: StoreInfo, tally: _Tally, past: Mapping[str, Any]) -> list
         steps.append("give every row an id of its own: ids that repeat cannot be refined")
         return steps
     steps += [
-        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv {ids}",
+        f"simskip refine {uri} --queries Q.npy --query-ids Q.txt --qrels QRELS.tsv {ids}".rstrip(),
         f"simskip refine {uri} {groups}      (groups instead of judgments)",
     ]
     return steps

@@ -22,16 +22,18 @@ from simskip_vdb.judgments import JudgmentFiles, misfits
 
 ALERT, ROLL_BACK = "alert", "rollback"
 _ARRAYS = ("npy", "npz", "safetensors")
+_FILES = ("parquet", *_ARRAYS, "llama-index")
 _MODES = {
-    **dict.fromkeys(("faiss", "parquet", *_ARRAYS), (IN_PLACE,)),
+    **dict.fromkeys(("faiss", *_FILES), (IN_PLACE,)),
     "qdrant-edge": (IN_PLACE, NEW_VECTOR),
 }
 """What can be written, where not every mode can."""
 _PAYLOAD = ("doc_id_field", "group_field", "filter", "guard_field")
 _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     lambda: ((), ""),
-    faiss=(_PAYLOAD, "rows of {} have no payload"),
+    faiss=(("filter", "guard_field"), "{} is read and written whole"),
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
+    llama=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     qdrant=(("originals",), "{} holds its vectors itself"),
     **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
 )
@@ -183,7 +185,7 @@ def identity(job: Job) -> object:
     place, _, query = job.index.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     rest = place.partition(":")[2]
-    if scheme in ("parquet", *_ARRAYS, "qdrant-edge", "qdrant-local"):
+    if scheme in (*_FILES, "qdrant-edge", "qdrant-local"):
         rest = os.path.realpath(unquote(rest))
     elif scheme in ("qdrant", "qdrant+https"):
         parts = urlsplit(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -40,8 +41,9 @@ _VECTORS = ("queries.npy", "queries.parquet")
 class JudgmentFiles:
     """The files that hold judgments, by the names of their options; all may be left out.
 
-    In place of a file, `qrels` may be a folder of BEIR, which holds the ids of the rest, and each
-    file of judgments may be a name of ir_datasets, as ``ir_datasets:NAME``.
+    In place of a file, `qrels` may be a folder of BEIR, which holds the ids of the rest, each file
+    of judgments may be a name of ir_datasets, as ``ir_datasets:NAME``, and `doc_ids` may be the
+    name of the payload field that holds them.
     """
 
     queries: Path | str | None = None
@@ -105,6 +107,13 @@ class Judgments:
         """Payload fields that must be read with the rows."""
         return tuple(dict.fromkeys(filter(None, (self.doc_id_field, self.group_field))))
 
+    def naming_rows_by(self, field: str | None) -> Judgments:
+        """Take document ids from a payload field, unless they are given or not needed."""
+        given = self.doc_ids is not None or self.doc_id_field is not None
+        sets = (self.queries, self.dev, self.test)
+        judged = any(one is not None and one.qrels is not None for one in sets)
+        return self if given or field is None or not judged else replace(self, doc_id_field=field)
+
     def with_columns(self, columns: Mapping[str, Sequence[Any]], row_ids: Ids) -> Judgments:
         """Return these judgments with what the payload fields held.
 
@@ -162,6 +171,8 @@ def read_judgments(
     """
     for problem in misfits(files, doc_id_field=doc_id_field, group_field=group_field, more=more):
         raise ConfigError(problem)
+    if files.doc_ids is not None and names_field(files.doc_ids):
+        files, doc_id_field = replace(files, doc_ids=None), str(files.doc_ids)
     if _is_beir(files):
         return _read_beir(files, doc_id_field)
     doc_ids, labels = _path(files, "doc_ids"), _path(files, "labels")
@@ -174,6 +185,11 @@ def read_judgments(
         doc_id_field=doc_id_field,
         group_field=group_field,
     )
+
+
+def names_field(given: Path | str) -> bool:
+    """Tell whether what stands for document ids is the name of a field: a bare word, no file."""
+    return re.fullmatch(r"[^./\\]+", str(given)) is not None and not Path(given).exists()
 
 
 def misfits(

@@ -8,20 +8,22 @@ from typing import Any, TypeVar
 
 import click
 
+from simskip_vdb.judgments import names_field
 from simskip_vdb.qrels_forms import IR_DATASETS
 
 
 class _File(click.Path):
-    """A file that exists, or for judgments also a folder or the name of a data set."""
+    """A file that exists, a folder or data set of judgments, or a field that holds document ids."""
 
     def __init__(self, option: str) -> None:
         judgments = option.endswith("qrels")
         super().__init__(exists=True, dir_okay=judgments, path_type=Path)
-        self._named = judgments
+        self._judgments, self._ids = judgments, option == "doc-ids"
 
     def convert(self, value: Any, *context: Any) -> Any:  # noqa: ANN401 click's
-        """Let names of data sets pass."""
-        named = self._named and str(value).startswith(IR_DATASETS)
+        """Let names of data sets and of fields pass."""
+        named = self._judgments and str(value).startswith(IR_DATASETS)
+        named |= self._ids and names_field(value)
         return Path(value) if named else super().convert(value, *context)
 
 
@@ -37,7 +39,8 @@ JUDGMENT_FILES: tuple[tuple[str, str], ...] = (
     ),
     (
         "doc-ids",
-        "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id.",
+        "Your ids of the rows: one a line where index ids are 0…n-1; else TSV id, your id; or the "
+        "payload field that holds them.",
     ),
     ("labels", "Group of each row: one a line where index ids are 0…n-1; else TSV id, group."),
     ("dev-queries", "Queries for validation; otherwise split off by hash."),

@@ -428,6 +428,7 @@ def open_workspace(
     """
     check_executor(settings.executor, store, settings.mode)
     folder = state_folder(store, settings.state)
+    judgments = judgments.naming_rows_by(store.info().document_ids)
     start = time.perf_counter()
     with ExitStack() as stack:
         past = Journal(folder, store.info())

@@ -175,9 +175,8 @@ class Unopened:
 def test_folders_that_stand_for_none_or_several(tmp_path: Path, vectors: Vectors) -> None:
     with pytest.raises(StoreError, match="no FAISS index"):
         open_store(str(tmp_path))
-    text = tmp_path / "default__vector_store.json"
-    text.write_text('{"embedding_dict": {}}')
-    with pytest.raises(StoreError, match="LlamaIndex's own store"):
+    (tmp_path / "default__vector_store.json").write_text('{"embedding_dict": {}}')
+    with pytest.raises(StoreError, match="no FAISS index"):
         open_store(str(tmp_path))
     index_file(tmp_path / "a.faiss", vectors)
     assert open_store(str(tmp_path)).info().count == COUNT
