@@ -112,12 +112,15 @@ def measure(store: Path, jobs: int) -> None:
     found.pop("machine", None)
     if found.get("code") != code(store):
         found = {"code": code(store), "nights": {}, "power": {}, "live": {}, "procedures": {}}
+    measured: dict[str, dict[str, Any]] = {part: {} for part in found if part != "code"}
     with ProcessPoolExecutor(jobs, initializer=_use, initargs=(store,)) as pool:
         for part, name, run in _cells(store, pool):
             if name not in found[part]:
                 found[part][name] = run()
                 print(part, name, found[part][name], flush=True)
                 machine.save(RESULTS.stem, found)
+            measured[part][name] = found[part][name]
+    machine.save(RESULTS.stem, {"code": found["code"], **measured})
 
 
 def _cells(

@@ -15,6 +15,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +81,26 @@ def main(folder: Path) -> None:
         "second refine": [refine(0), refine(1)],
         "rollback": [refine(0), undo],
     }
+    import_what_is_loaded_late(folder / "warm" / "x.faiss", first, chains["rollback"])
     counts = {f"{name} {index.parent.name}": probe(folder / name / index.parent.name, index, chain,
               undo) for name, chain in chains.items() for index in (first, outside)}  # fmt: skip
     (folder / "kills.json").write_text(json.dumps(counts))  # FAISS itself writes to stdout
+
+
+def import_what_is_loaded_late(path: Path, first: Path, chain: list[Command]) -> None:
+    """Import what commands import, so that no child has to; threads of theirs survive no fork."""
+    names = path.with_name("modules.json")
+
+    def tell(path: Path) -> None:
+        for command in chain:
+            command(path)
+        names.write_text(json.dumps(sorted(sys.modules)))
+
+    copy_index(first, path)
+    assert run(tell, path) == 0
+    for name in json.loads(names.read_text()):
+        with suppress(ImportError):
+            import_module(name)
 
 
 def probe(folder: Path, first: Path, chain: list[Command], undo: Command) -> int:

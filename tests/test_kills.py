@@ -10,7 +10,7 @@ import pytest
 from killing import table
 
 CRASHES = Path(__file__).parents[1] / "benchmarks" / "crashes.py"
-KILLS = 30
+KILLS = 12
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

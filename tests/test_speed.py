@@ -13,17 +13,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
-def test_ten_thousand_rows_of_every_index_are_measured_once(tmp_path: Path) -> None:
+def test_some_rows_of_every_index_are_measured_once(tmp_path: Path) -> None:
     page, results = tmp_path / "README.md", tmp_path / "results" / "speed.json"
     page.write_text("a\n<!-- table: benchmarks/speed.py -->\n<!-- end of table: speed -->\nz\n")
-    words = ["--rows", "10000", "--dims", "--results", str(results), "--readme", str(page)]
+    words = ["--rows", "2000", "--dims", "--results", str(results), "--readme", str(page)]
     command = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *words]
     subprocess.run(command, check=True)
     cells = json.loads(results.read_text())["cells"]
     assert set(cells) == {
         "start",
         "fit",
-        *(f"{s} 10000 384" for s in ("flat", "ivf", "hnsw", "edge")),
+        *(f"{s} 2000 384" for s in ("flat", "ivf", "hnsw", "edge")),
     }
     for name, cell in cells.items():
         if name not in ("start", "fit"):
@@ -32,7 +32,7 @@ def test_ten_thousand_rows_of_every_index_are_measured_once(tmp_path: Path) -> N
     text = page.read_text()
     assert text.startswith("a\n")
     assert text.endswith("\nz\n")
-    assert text.count("| 10,000 × 384") == 4
+    assert text.count("| 2,000 × 384") == 4
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert "build" not in again.stderr
     assert page.read_text() == text
