@@ -323,7 +323,7 @@ def test_wrong_values(desk: Desk, key: str, value: str, words: str, place: str) 
     (GOOD + "dev_labels = 'labels.txt'", 4, "dev_labels needs dev_queries"),
     (GOOD + "filter = 'a=1'", 4, "filter has no effect: faiss:"),
     (GOOD + "guard_field = 'a'", 4, "guard_field has no effect"),
-    ("index = 'a.npy'\n" + GOOD.partition("\n")[2] + "doc_id_field = 'a'", 4, "doc_id_field has no"),
+    (GOOD.replace("faiss", "npy") + "doc_id_field = 'a'", 4, "doc_id_field has no effect: rows of"),
     (GOOD + "mode = 'new-vector'", 4, "mode new-vector is not for faiss:"),
     (GOOD + "side = 'both'", 4, "choose docs"),
     (GOOD + "originals_ids = 'ids.txt'", 4, "originals_ids belongs to originals"),
