@@ -54,14 +54,18 @@ def read_vectors(path: Path) -> Vectors:
 
 
 def read_ids(path: Path) -> NDArray[np.int64]:
-    """Read ids, one a line.
+    """Read ids, one a line; those of unsigned 64 bits as FAISS holds them.
 
     Raises:
         ConfigError: A line is not a whole number.
     """
     try:
-        return np.array(path.read_text().split(), np.int64)
-    except (OSError, ValueError) as error:
+        texts = path.read_text().split()
+        try:
+            return np.array(texts, np.int64)
+        except OverflowError:
+            return np.array(texts, np.uint64).view(np.int64)
+    except (OSError, ValueError, OverflowError) as error:
         raise ConfigError(
             f"{path}: {error}; --originals-ids takes the index's id of each vector, one a line"
         ) from error

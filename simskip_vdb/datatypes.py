@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import numpy as np
 from numpy.typing import NDArray
+
+_UUID = re.compile(
+    r"(?:urn:uuid:)?(?:[0-9a-f]{32}|(\{)?[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?(1)\}))",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(r"-[0-9]{1,19}|[0-9]{19,20}")  # negative, or beyond what int64 holds
 
 Vectors = NDArray[np.float32]
 """Row vectors, shape (n, d)."""
@@ -46,6 +54,38 @@ def id_text(texts: Sequence[bytes] | NDArray[Any]) -> Ids:
         return np.empty(0, ID_TEXT)
     width = max(ID_TEXT.itemsize, -(-found.dtype.itemsize // 4) * 4)  # whole words, to be hashed
     return found.astype(f"S{width}")
+
+
+def id_forms(name: str) -> tuple[str, ...]:
+    """Return other ways to write an id: a UUID's, or the number that has the same 64 bits."""
+    if _UUID.fullmatch(name):
+        plain = str(UUID(name))
+        digits = plain.replace("-", "")
+        forms: tuple[str, ...] = (
+            plain,
+            digits,
+            f"urn:uuid:{plain}",
+            f"{{{plain}}}",
+            plain.upper(),
+            digits.upper(),
+        )
+    elif _WHOLE.fullmatch(name):
+        number = int(name)
+        forms = (str(number + 2**64 if number < 0 else number - 2**64),)
+    else:
+        return ()
+    return tuple(form for form in forms if form != name)
+
+
+def find_ids(where: Mapping[str, int], names: Sequence[str]) -> Positions:
+    """Return the position of each id, shape (len(names),), -1 for those that are not there.
+
+    An id is there if it is written as it is, or else in one of its other forms.
+    """
+    found = np.fromiter((where.get(name, -1) for name in names), np.int64, len(names))
+    for at in np.flatnonzero(found < 0).tolist():
+        found[at] = next((where[form] for form in id_forms(names[at]) if form in where), -1)
+    return found
 
 
 def silent(stage: str, done: int, total: int) -> None:

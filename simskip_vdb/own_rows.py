@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import repeat
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simskip_vdb.by_vector import near
-from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors
+from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors, find_ids
 
 SAME = 1e-3
 """Relative L2 distance within which a query has the vector of a row."""
@@ -58,7 +57,7 @@ def apart_from_own(
         The queries with their own rows; which of them are rows, shape (m,); and which were judged
         for themselves, shape (m,).
     """
-    named = np.fromiter(map(documents.get, judged.ids, repeat(-1)), np.int64, len(judged))
+    named = find_ids(documents, judged.ids)
     there = np.flatnonzero(named >= 0)
     if not len(there):
         none = np.zeros(len(judged), np.bool_)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors, id_names
+from simskip_vdb.datatypes import Ids, JudgedQueries, Mask, Positions, Vectors, find_ids, id_names
 from simskip_vdb.errors import DataError
 from simskip_vdb.judgments import Judgments, QuerySet
 from simskip_vdb.own_rows import RowSource, apart_from_own
@@ -189,8 +189,8 @@ def offsets(counts: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _judge_by_qrels(given: QuerySet, qrels: Qrels, places: Places, notes: Notes) -> JudgedQueries:
-    owners = _look_up({name: i for i, name in enumerate(given.ids)}, qrels.query_ids)
-    rows = _look_up(places.documents, qrels.doc_ids)
+    owners = find_ids({name: i for i, name in enumerate(given.ids)}, qrels.query_ids)
+    rows = find_ids(places.documents, qrels.doc_ids)
     notes.add(qrels.source, "judgments of unknown queries", qrels.query_ids, owners < 0)
     unknown = (owners >= 0) & (rows < 0)
     notes.add(qrels.source, "judgments of unknown documents", qrels.doc_ids, unknown)
@@ -241,19 +241,18 @@ def _documents(column: RowColumn | None, ids: Ids, notes: Notes) -> dict[str, in
 
 def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
     """Return where each value's row stands, -1 where there is no such row."""
-    order = np.argsort(ids, kind="stable")
-    ordered = ids[order]
-    if (ordered[1:] == ordered[:-1]).any():
+    names = id_names(ids)
+    where = dict(zip(names, range(len(names)), strict=True))
+    if len(where) < len(names):
         raise DataError(
-            f"index id {_first_repeated(ordered.tolist())} belongs to several rows; judgments "
-            "and labels need ids that tell rows apart"
+            f"index id {_first_repeated(names)} belongs to several rows; judgments and labels "
+            "need ids that tell rows apart"
         )
     if column.row_ids is not None:
-        wanted = _as_ids(column, ids.dtype)
-        place = np.minimum(np.searchsorted(ordered, wanted), len(ids) - 1)
-        known = ordered[place] == wanted
-        notes.add(column.source, "index ids that no row has", wanted, ~known)
-        return np.where(known, order[place], -1)
+        wanted = id_names(column.row_ids)
+        found = find_ids(where, wanted)
+        notes.add(column.source, "index ids that no row has", wanted, found < 0)
+        return found
     if len(column.values) != len(ids):
         raise DataError(
             f"{column.source} has {len(column.values)} values for {len(ids)} rows; give one a "
@@ -267,32 +266,6 @@ def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
             f"{len(ids) - 1}; give lines index_id<TAB>value"
         )
     return order
-
-
-def _as_ids(column: RowColumn, dtype: np.dtype[Any]) -> Ids:
-    """Return the ids that values belong to as the index has them: numbers, or text."""
-    assert column.row_ids is not None
-    given = column.row_ids
-    if dtype.kind == "S":
-        return given if given.dtype.kind == "S" else given.astype(dtype)
-    if given.dtype.kind != "S":
-        return given.astype(dtype)
-    numbers = np.empty(len(given), np.int64)
-    for line, text in enumerate(id_names(given)):
-        try:
-            numbers[line] = int(text)
-        except (ValueError, OverflowError):
-            raise DataError(
-                f"{column.source}, line {line + 1}: index id {text!r} is not an integer in range, "
-                "and this index has integers; correct or remove the line"
-            ) from None
-    unique, counts = np.unique(numbers, return_counts=True)
-    if len(unique) < len(numbers):
-        raise DataError(
-            f"{column.source}: index id {unique[counts > 1][0]} occurs more than once; correct or "
-            "remove the lines"
-        )
-    return numbers
 
 
 def _numbers(ids: Ids) -> NDArray[np.float64]:
