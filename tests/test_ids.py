@@ -46,10 +46,8 @@ def judged(tmp_path: Path, ids: Ids, written: list[str], option: str) -> dict[st
     given = JudgmentFiles(**{name: tmp_path / file for name, file in files.items()})
     found = resolve(read_judgments(given), rows(ids), seed=0, assigned={})
     assert not found.notes
-    sets = found.queries.values()
-    return {
-        name: row for part in sets for name, row in zip(part.ids, part.rows.tolist(), strict=True)
-    }
+    sets = [zip(part.ids, part.rows.tolist(), strict=True) for part in found.queries.values()]
+    return {name: row for pairs in sets for name, row in pairs}
 
 
 @pytest.mark.parametrize("option", ["qrels", "doc_ids"])
