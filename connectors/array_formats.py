@@ -115,7 +115,7 @@ class SafeTensors(_Plain):
             head = file.read(8)
             size = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
             if not 2 <= size <= min(_MOST_HEADER, path.stat().st_size - 8):
-                raise StoreError(f"{uri}: {_what_else(path, 'a safetensors file')}")
+                raise StoreError(f"{uri}: it is no safetensors file, or damaged")
             text = file.read(size)
         self._start = 8 + size
         try:
@@ -185,7 +185,7 @@ class Npz:
                 self._comment = archive.comment
                 damaged = next((m for m in self._members if m.flag_bits & 1), None)
         except zipfile.BadZipFile:
-            raise StoreError(f"{uri}: {_what_else(path, 'an .npz archive')}") from None
+            raise StoreError(f"{uri}: it is no .npz archive, or damaged") from None
         if damaged is not None:
             raise UnsupportedIndexError(f"{uri}: '{damaged.filename}' is encrypted; write it plain")
 
@@ -334,8 +334,7 @@ def _npy_layout(file: IO[bytes], uri: str) -> Layout:
         }[version]
         shape, columns, dtype = read(file)
     except _NO_HEADER as error:
-        path = Path(str(getattr(file, "name", "")))
-        raise StoreError(f"{uri}: {_what_else(path, 'an .npy file')} ({error})") from None
+        raise StoreError(f"{uri}: it is no .npy file, or damaged ({error})") from None
     if len(shape) != 2 or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         raise _no_vectors(uri, None, f"{dtype} {shape}")
     return Layout(file.tell(), dtype, shape, bool(columns))
@@ -380,23 +379,3 @@ def _no_vectors(uri: str, name: str | None, what: str) -> UnsupportedIndexError:
         f"{uri}: {which} holds {what}; vectors are an array of two dimensions, one row for each, "
         "of float16, float32 or float64"
     )
-
-
-def _what_else(path: Path, wanted: str) -> str:
-    """Tell what a file is that is not what it was taken for."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError:
-        head = b""
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS, not the file; fetch it with: git lfs pull"
-    kinds = [
-        (_NUMPY, "npy"), (b"PK\x03\x04", "npz"), (b"PAR1", "parquet"), (b"Ix", "faiss"),
-        (b"SQLite format 3", "SQLite database"), (b"\x89HDF", "HDF5 file"), (b"\x80", "pickle"),
-    ]  # fmt: skip
-    found = next((kind for magic, kind in kinds if head.startswith(magic)), None)
-    if found in ("npy", "npz", "parquet", "faiss"):
-        return f"it is not {wanted}; by its first bytes, its address is {found}:{path}"
-    kind = f"; by its first bytes, it is a {found}" if found else ""
-    return f"it is not {wanted}, or damaged{kind}"

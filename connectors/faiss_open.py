@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
@@ -20,11 +21,13 @@ import faiss
 
 from simskip_vdb.connectors.faiss_lists import attach, mentions_lists
 from simskip_vdb.connectors.faiss_tree import Index
-from simskip_vdb.errors import SimskipError, StoreError, UnsupportedIndexError
+from simskip_vdb.connectors.kinds import refuse_other_kinds
+from simskip_vdb.errors import SimskipError, StoreError
 from simskip_vdb.overlap import cores
 from simskip_vdb.threads import asleep
 
 _SMALL = 1 << 20
+_SIGNATURE = re.compile(r"^Error in .* at \S+:\d+: ", re.DOTALL)
 _MOST_LINKS = 1 << 12
 _MOST_WIDTH = 1 << 40
 # Some parts are held in memory wider than they are saved; FAISS counts a transform as a full
@@ -80,7 +83,7 @@ def read_mapped(path: Path, trust: Trust) -> Index:
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
     is_large = path.stat().st_size >= _SMALL
     if trust is Trust.NONE:
-        _refuse_other_files(path)
+        refuse_other_kinds(path, "faiss", str(path))
         _refuse_huge_counts(path)
     if trust is not Trust.ALL:
         plain = read_limited(path, 0)
@@ -109,27 +112,6 @@ def read_limited(path: Path, flags: int) -> Index:
     return index
 
 
-def _refuse_other_files(path: Path) -> None:
-    """Name what a file is that is whole, but not an index of vectors of numbers.
-
-    Raises:
-        UnsupportedIndexError: It is a binary index.
-        StoreError: Git left a pointer in its place.
-    """
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise StoreError(
-            f"{path}: this is a Git LFS pointer, not the file that it stands for; fetch that "
-            "with: git lfs pull"
-        )
-    if head[:3] in (b"IBx", b"IBw", b"IBH", b"IBM", b"IBh"):
-        raise UnsupportedIndexError(
-            f"{path}: this is a binary index (FAISS's IndexBinary), whose rows are bits and cannot "
-            "be refined; give an index of the vectors themselves"
-        )
-
-
 def _read(path: Path, flags: int) -> Index:
     if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
         return faiss.read_index(str(path), flags)
@@ -145,8 +127,6 @@ def _refuse_huge_counts(path: Path) -> None:
     """Refuse counts for which FAISS allocates before it reads, and which the file cannot hold."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise StoreError(f"{path}: the file is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             counts = [*_list_counts(data), *_graph_counts(data)]
     # A list has at least a centroid's number, a node at least a link: four bytes.
@@ -188,4 +168,6 @@ def _number(data: mmap.mmap, at: int, width: int) -> int:
 def _short(error: BaseException) -> str:
     """Return FAISS's reason without its C++ signature."""
     text = str(error) or type(error).__name__
-    return text.rpartition("' failed: ")[2].strip()
+    if "not recognized" in text:
+        return "it does not begin as an index does"
+    return _SIGNATURE.sub("", text.rpartition("' failed: ")[2]).strip()

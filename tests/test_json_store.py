@@ -201,8 +201,8 @@ def test_a_reader_takes_as_much_as_it_needs(
         ('{"embedding_dict": {"a": [1, 2-3]}}', StoreError, "no number"),
         ('{"embedding_dict": [[1, 2]]}', StoreError, "damaged"),
         ('{"other": {"a": [1, 2]}}', StoreError, "no 'embedding_dict'"),
-        ("[]", StoreError, "damaged"),
-        ("", StoreError, "damaged"),
+        ("[]", StoreError, "a JSON file"),
+        ("", StoreError, "is empty"),
     ],
 )
 def test_what_is_no_store_is_told(
