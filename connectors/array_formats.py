@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.connectors.array_layout import File, Layout
 from simskip_vdb.durable import free_bytes, json_of
-from simskip_vdb.errors import ConfigError, SimskipError, StoreError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError, SimskipError, StoreError, UnsupportedIndexError, listed
 
 Overwrite = Callable[[File, int | None], None]
 """Writes new numbers into a file where an array begins, in bytes; None where it always did."""
@@ -40,7 +40,6 @@ _NO_HEADER = (
     *(OverflowError, RecursionError, MemoryError),
 )
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
-_SHOWN = 12
 
 
 class ArrayFormat(Protocol):
@@ -333,8 +332,8 @@ def _npy_layout(file: IO[bytes], uri: str) -> Layout:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, columns, dtype = read(file)
-    except _NO_HEADER as error:
-        raise StoreError(f"{uri}: it is no .npy file, or damaged ({error})") from None
+    except _NO_HEADER:
+        raise StoreError(f"{uri}: it is no .npy file, or its header is damaged") from None
     if len(shape) != 2 or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
         raise _no_vectors(uri, None, f"{dtype} {shape}")
     return Layout(file.tell(), dtype, shape, bool(columns))
@@ -359,9 +358,7 @@ def _around(path: Path, found: Layout) -> object:
 
 
 def _chosen(key: str | None, vectors: list[str], shapes: Mapping[str, str], uri: str) -> str:
-    some = [f"{name} ({shape})" for name, shape in list(shapes.items())[:_SHOWN]]
-    more = f", and {len(shapes) - _SHOWN:,} more" if len(shapes) > _SHOWN else ""
-    there = f"it holds {', '.join(some) or 'no array'}{more}"
+    there = f"it holds {listed([f'{name} ({shape})' for name, shape in shapes.items()])}"
     if key is not None:
         if key not in shapes:
             raise ConfigError(f"{uri}: there is no array '{key}'; {there}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from simskip_vdb.datatypes import Ids
 from simskip_vdb.durable import disk_errors, json_of
-from simskip_vdb.errors import ConfigError, StoreError
+from simskip_vdb.errors import ConfigError, StoreError, listed
 
 Fields = Mapping[str, Any]
 _SOURCE = "1"  # LlamaIndex's word for the document that a node was cut from
@@ -57,10 +57,9 @@ class Payload(NamedTuple):
             ) from error
         for name in fields:
             if name not in known:
-                some = ", ".join(sorted(known)[:12]) or "none"
                 raise ConfigError(
-                    f"{self.file}: no row has a field '{name}'; there are: {some}. Name one of "
-                    "them, or a file with your ids of the rows (--doc-ids FILE)"
+                    f"{self.file}: no row has a field '{name}'; there are: "
+                    f"{listed(sorted(known))}. Name one of them, or a file of ids (--doc-ids FILE)"
                 )
         return found
 

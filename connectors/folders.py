@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simskip_vdb.durable import disk_errors, has_file
-from simskip_vdb.errors import ConfigError, SimskipError, StoreError
+from simskip_vdb.errors import ConfigError, SimskipError, StoreError, listed
 
 _EMPTY = re.compile(rb'\s*\{\s*"embedding_dict"\s*:\s*\{\s*\}')
-_SHOWN = 12
 
 
 def locate(path: Path) -> Path:
@@ -35,9 +34,8 @@ def locate(path: Path) -> Path:
             "below it; give the file itself"
         )
     if len(found) > 1:
-        names = ", ".join(str(file.relative_to(path)) for file in found[:_SHOWN])
-        more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
-        raise ConfigError(f"{path} holds several indexes ({names}{more}); give the file itself")
+        names = listed([str(file.relative_to(path)) for file in found])
+        raise ConfigError(f"{path} holds several indexes ({names}); give the file itself")
     return found[0]
 
 

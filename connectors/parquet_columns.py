@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from simskip_vdb.connectors.digits import Digits, as_float32
 from simskip_vdb.connectors.parquet_ids import POSITIONS, check_ids, is_number, read_ids
 from simskip_vdb.connectors.parquet_manner import refuse_unwritable, same_columns, writer_like
-from simskip_vdb.connectors.parquet_vectors import Matrix, VectorColumns, find_vectors, shown
+from simskip_vdb.connectors.parquet_vectors import Matrix, VectorColumns, find_vectors
 from simskip_vdb.connectors.row_file import LayOver
 from simskip_vdb.datatypes import Ids, Positions, Vectors
-from simskip_vdb.errors import ConfigError, DataError, StoreError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError, DataError, StoreError, UnsupportedIndexError, listed
 
 
 class Named(NamedTuple):
@@ -279,7 +279,7 @@ def _find_key(names: Sequence[str], asked: str | None, uri: str) -> str | None:
     key = asked or "id"
     if names.count(key) != 1:
         raise ConfigError(
-            f"{uri}: there is no one column '{key}'; there are: {shown(names)}. Name it in the "
+            f"{uri}: there is no one column '{key}'; there are: {listed(names)}. Name it in the "
             f"address: ?id=NAME, or ?id={POSITIONS} where rows are known by their positions"
         )
     return key

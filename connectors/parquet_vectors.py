@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from simskip_vdb.connectors.digits import Numbers
 from simskip_vdb.datatypes import Mask
-from simskip_vdb.errors import ConfigError, DataError, UnsupportedIndexError
+from simskip_vdb.errors import ConfigError, DataError, UnsupportedIndexError, listed
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "halffloat": np.dtype(np.float16),
@@ -20,7 +20,6 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "double": np.dtype(np.float64),
 }
 _FEWEST = 4
-_SHOWN = 12
 
 
 class Matrix(NamedTuple):
@@ -193,12 +192,6 @@ def find_vectors(schema: Any, vector: str, uri: str) -> ListColumn | NumberColum
     raise ConfigError(f"{uri}: there is no one column '{vector}'; {_hint(schema)}")
 
 
-def shown(names: Sequence[str]) -> str:
-    """Return names of columns for a message, the first ones of many."""
-    some = ", ".join(names[:_SHOWN])
-    return f"{some}, and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else some
-
-
 def _numbered(schema: Any, vector: str, uri: str) -> NumberColumns:  # noqa: ANN401 pyarrow
     numbers = _family(schema.names, vector)
     order = sorted(numbers)
@@ -237,7 +230,7 @@ def _hint(schema: Any) -> str:  # noqa: ANN401 pyarrow
     floats = [field.name for field in schema if str(field.type) in _DTYPES]
     patterns = dict.fromkeys(re.sub("[0-9]+", "*", name, count=1) for name in floats)
     families = [name for name in patterns if len(_family(floats, name)) >= _FEWEST]
-    there = f"there are: {shown(schema.names)}"
+    there = f"there are: {listed(schema.names)}"
     if not (lists or families):
         return f"{there}. None of them holds lists of floating numbers: no vectors are here"
     told = " or ".join(f"?vector={name}" for name in [*lists, *families][:3])

@@ -46,7 +46,7 @@ from simskip_vdb.datatypes import (
     Vectors,
 )
 from simskip_vdb.durable import beside, json_of, make_durable
-from simskip_vdb.errors import ConfigError, StoreNotFoundError, VerificationError
+from simskip_vdb.errors import ConfigError, StoreNotFoundError, VerificationError, listed
 from simskip_vdb.search import exact_search
 from simskip_vdb.state_place import DIGITS
 from simskip_vdb.store import Candidate
@@ -338,5 +338,5 @@ def check_fields(fields: Sequence[str], known: Sequence[str], uri: str) -> None:
         if name not in known:
             raise ConfigError(
                 f"{uri}: there is no column '{name}' beside ids and vectors; there are: "
-                f"{', '.join(known) or 'none'}"
+                f"{listed(known)}"
             )

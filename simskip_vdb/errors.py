@@ -21,8 +21,20 @@ A refused gate is a result, not an error.
 
 from __future__ import annotations
 
-LONGEST = 20_000
+from collections.abc import Sequence
+
+LONGEST = 1200
 """Characters of a message: what a library says of a damaged file may be as long as the file."""
+
+
+NAMED = 12
+"""Names that a message lists."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first of them, and how many more there are."""
+    some = ", ".join(names[:NAMED]) or "none"
+    return f"{some}, and {len(names) - NAMED:,} more" if len(names) > NAMED else some
 
 
 class SimskipError(Exception):
@@ -32,7 +44,10 @@ class SimskipError(Exception):
 
     def __init__(self, message: str = "") -> None:
         over = len(message) - LONGEST
-        super().__init__(message[:LONGEST] + f"… ({over:,} characters more)" * (over > 0))
+        if over > 0:  # what to do stands at the end
+            half = LONGEST // 2
+            message = f"{message[:half]}… ({over:,} characters left out) …{message[-half:]}"
+        super().__init__(message)
 
 
 class ConfigError(SimskipError, ValueError):

@@ -233,5 +233,5 @@ def test_which_index_a_folder_stands_for(tmp_path: Path, vectors: Vectors) -> No
     assert open_store(str(tmp_path)).info().uri == f"faiss:{here}"
     for i in range(20):
         index_file(tmp_path / f"{i:02}.faiss", vectors[:1])
-    with pytest.raises(ConfigError, match=r"11\.faiss and 9 more\); give the file"):
+    with pytest.raises(ConfigError, match=r"11\.faiss, and 9 more\); give the file"):
         open_store(str(tmp_path))
