@@ -198,7 +198,11 @@ def _draw(
     chosen = [*order[:6], *order[-2:]]
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("The six queries that gained most, and the two that lost most")
+    figure.suptitle(
+        "The six queries that gained most, and the two that lost most\n"
+        "solid green frame: the same digit; dotted red frame and ×: another digit",
+        fontsize=11,
+    )
     axes = figure.subplots(len(chosen), 2 * SHOWN + 2)
     gray = {"cmap": "gray_r", "vmin": 0, "vmax": 16}
     for row, query in zip(axes, chosen, strict=True):
@@ -217,6 +221,10 @@ def _draw(
             for spine in cell.spines.values():
                 spine.set_color(color)
                 spine.set_linewidth(1 if title else 2.5)
+                spine.set_linestyle("-" if right else ":")
+            if not right:
+                corner = {"ha": "right", "va": "top", "transform": cell.transAxes}
+                cell.text(0.96, 1.0, "×", color=color, fontsize=14, weight="bold", **corner)
     for column, title in ((1, "before"), (SHOWN + 2, "after")):
         axes[0][column].set_title(title, fontsize=11, loc="left")
     figure.savefig(path, dpi=110)
