@@ -10,13 +10,13 @@ from typing import Any
 
 import qdrant_edge as edge
 
+from simskip_vdb.connectors.folders import nothing_at
 from simskip_vdb.connectors.qdrant_points import metric_of, rounding_of
 from simskip_vdb.datatypes import Metric
 from simskip_vdb.durable import disk_errors, json_of
 from simskip_vdb.errors import (
     SimskipError,
     StoreError,
-    StoreNotFoundError,
     UnsupportedIndexError,
 )
 
@@ -88,7 +88,7 @@ def load_shard(path: Path, uri: str) -> edge.EdgeShard:
         StoreError: It is damaged, or held open.
     """
     if not path.exists():
-        raise StoreNotFoundError(f"{uri}: there is no such folder")
+        raise nothing_at(path, uri)
     if not path.is_dir():
         raise UnsupportedIndexError(
             f"{uri}: a file, not the folder of a shard; unpack a server's snapshot first with "

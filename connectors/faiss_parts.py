@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from simskip_vdb.connectors.faiss_store import FaissStore
+from simskip_vdb.connectors.folders import nothing_at
 from simskip_vdb.connectors.part_notes import refuse_refined
 from simskip_vdb.connectors.parted import Parted, check_alike
 from simskip_vdb.connectors.rows import only_vectors
 from simskip_vdb.datatypes import StoreInfo
-from simskip_vdb.errors import DataError, StoreNotFoundError, UnsupportedIndexError
+from simskip_vdb.errors import DataError, UnsupportedIndexError
 
 _SCHEME = "faiss:"
 _GLOB = re.compile(r"[*?\[\]]")
@@ -49,7 +50,7 @@ class FaissParts(Parted):
         names = glob.glob(f"{glob.escape(str(self._pattern.parent))}/{given.name}")
         paths = [Path(name) for name in sorted(names) if Path(name).is_file()]
         if not paths:
-            raise StoreNotFoundError(f"{uri}: there is no such file")
+            raise nothing_at(self._pattern, uri)
         stores = [FaissStore(path, read_only=read_only) for path in paths]
         _check(stores, uri)
         starts = [0, *accumulate(len(store.ids) for store in stores)]

@@ -31,7 +31,7 @@ from simskip_vdb.connectors.faiss_open import (
 from simskip_vdb.connectors.faiss_payload import columns, payload_beside
 from simskip_vdb.connectors.faiss_rebuild import rebuild
 from simskip_vdb.connectors.faiss_tree import Fidelity, Index
-from simskip_vdb.connectors.folders import locate
+from simskip_vdb.connectors.folders import locate, nothing_at
 from simskip_vdb.connectors.originals import ArrayRows
 from simskip_vdb.connectors.part_notes import refuse_part
 from simskip_vdb.connectors.rows import (
@@ -307,7 +307,7 @@ class FaissStore(OneFile):
     def _open(self, trust: Trust = Trust.NONE) -> None:
         path = self._path
         if not path.exists():
-            raise StoreNotFoundError(f"{path}: there is no such file")
+            raise nothing_at(path, str(path))
         if not path.is_file():
             raise StoreError(f"{path}: not a file; no FAISS index can be read from it")
         with disk_errors(path):

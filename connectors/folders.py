@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 
 from simskip_vdb.durable import disk_errors, has_file
-from simskip_vdb.errors import ConfigError, SimskipError, StoreError, listed
+from simskip_vdb.errors import ConfigError, SimskipError, StoreError, StoreNotFoundError, listed
 
 _EMPTY = re.compile(rb'\s*\{\s*"embedding_dict"\s*:\s*\{\s*\}')
 
@@ -23,7 +26,7 @@ def locate(path: Path) -> Path:
         StoreError: The folder holds none.
     """
     if not path.is_dir():
-        beside = path.with_suffix(".faiss")
+        beside = path.with_name(f"{path.name}.faiss")
         return beside if has_file(beside) and not path.exists() else path
     with disk_errors(path):
         below = (folder for folder in sorted(path.iterdir()) if _may_hold_one(folder))
@@ -35,8 +38,20 @@ def locate(path: Path) -> Path:
         )
     if len(found) > 1:
         names = listed([str(file.relative_to(path)) for file in found])
-        raise ConfigError(f"{path} holds several indexes ({names}); give the file itself")
+        raise ConfigError(
+            f"{path} holds several indexes ({names}); give the file itself: "
+            f"simskip inspect {shlex.quote(str(found[0]))}"
+        )
     return found[0]
+
+
+def nothing_at(path: Path, uri: str) -> StoreNotFoundError:
+    """Return what to say of a path at which nothing is: what may have been meant."""
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    names = [] if there != path.absolute().parent else os.listdir(there)
+    near = [str(path.with_name(name)) for name in get_close_matches(path.name, names, 1)]
+    lead = f"did you mean {shlex.quote(near[0])}?" if near else f"look with: ls {there}"
+    return StoreNotFoundError(f"{uri}: there is no such file or folder; {lead}")
 
 
 def is_simple_store(path: Path) -> bool:

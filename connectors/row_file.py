@@ -14,6 +14,7 @@ import numpy as np
 
 from simskip_vdb.connectors.checksums import checksum_follows, heal_checksum
 from simskip_vdb.connectors.digits import Digits
+from simskip_vdb.connectors.folders import nothing_at
 from simskip_vdb.connectors.kinds import refuse_other_kinds
 from simskip_vdb.connectors.rows import (
     Change,
@@ -164,7 +165,7 @@ class RowFile(OneFile):
     def reopen(self) -> None:
         """Look at the file anew."""
         if not self._path.is_file():
-            raise StoreNotFoundError(f"{self._uri}: there is no such file")
+            raise nothing_at(self._path, self._uri)
         refuse_other_kinds(self._path, self._uri.partition(":")[0], self._uri)
         self._identity = Identity.of(self._path)
         self._contents = self._open()

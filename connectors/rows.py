@@ -149,7 +149,10 @@ def only_vectors(store: str, fields: Sequence[str], partition: object) -> None:
         ConfigError: One of them was asked for.
     """
     if fields:
-        raise ConfigError(f"{store}: rows have no payload, so there is no field '{fields[0]}'")
+        raise ConfigError(
+            f"{store}: rows have no payload, so there is no field '{fields[0]}'; "
+            "give files in its place: --doc-ids FILE, --labels FILE"
+        )
     no_partitions(store, partition)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -69,7 +70,11 @@ class RolledBack:
 
 def nothing_to_undo(store: VectorStore) -> ConfigError:
     """Return the error that says so."""
-    return ConfigError(f"{store.info().uri} holds originals; there is nothing to roll back")
+    uri = store.info().uri
+    return ConfigError(
+        f"{uri} holds originals; there is nothing to roll back. What was done to it: "
+        f"simskip status {shlex.quote(uri)}"
+    )
 
 
 def refuse_nothing(uri: str, written: Written) -> None:

@@ -115,7 +115,9 @@ def evaluate(
         refiner = _load(folder, space) if folder else _identity(space)
         _check_originals(space, refiner)
         if not len(space.judged.queries[on]):
-            raise DataError(f"there are no {on.value} queries; give queries with qrels, or labels")
+            raise DataError(
+                f"there are no {on.value} queries; give --queries with --qrels, or --labels"
+            )
         as_is = written is not None and settings.refiner is None
         recalled = on is Split.VALIDATION and learnt_since(refiner, space)
         measured = validated(refiner) if recalled else None

@@ -321,7 +321,7 @@ class Refiner:
         except FileNotFoundError as error:
             raise ConfigError(
                 f"no refiner in {folder}: {Path(error.filename or folder).name} is missing; "
-                "give the folder that fit wrote"
+                "give the folder that simskip fit wrote"
             ) from error
         except ConfigError:
             raise

@@ -166,7 +166,8 @@ def check_mode(store: VectorStore, mode: str) -> None:
         NEW_COLLECTION: can.copies is not None,
     }
     if not able[mode]:
-        raise ConfigError(f"{store.info().uri} cannot be written by --mode {mode}")
+        ways = " or ".join(f"--mode {name}" for name, can_be in able.items() if can_be)
+        raise ConfigError(f"{store.info().uri} cannot be written by --mode {mode}; give {ways}")
     if mode == NEW_COLLECTION and can.copies is not None:
         can.copies.check_alias()
 

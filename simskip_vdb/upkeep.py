@@ -211,7 +211,10 @@ def _known(folder: Path, info: StoreInfo) -> Journal:
     """
     journal = Journal(folder, info)
     if not has_file(folder / "manifest.json"):
-        raise ConfigError(f"{info.uri} was never refined: there is no state in {folder}")
+        raise ConfigError(
+            f"{info.uri} was never refined: there is no state in {folder}; give the one that there "
+            "is with --state, or refine it (simskip refine --help)"
+        )
     return journal
 
 

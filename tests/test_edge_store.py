@@ -121,7 +121,7 @@ def vectors() -> Vectors:
 
 
 def test_a_missing_folder(folder: Path) -> None:
-    with pytest.raises(StoreNotFoundError, match="no such folder"):
+    with pytest.raises(StoreNotFoundError, match="no such file or folder"):
         open_store(f"qdrant-edge:{folder}")
 
 
