@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LONGEST = 1200
-"""Characters of a message: what a library says of a damaged file may be as long as the file."""
+LONGEST, MOST = 1200, 20_000
+"""Characters of a line and of a message: what a library says of a file may be as long as that."""
 
 
 NAMED = 12
@@ -37,17 +37,20 @@ def listed(names: Sequence[str]) -> str:
     return f"{some}, and {len(names) - NAMED:,} more" if len(names) > NAMED else some
 
 
+def _cut(text: str, longest: int) -> str:
+    """Leave out the middle of a text that is too long; what to do stands at its end."""
+    over, half = len(text) - longest, longest // 2
+    return text if over <= 0 else f"{text[:half]}… ({over:,} characters left out) …{text[-half:]}"
+
+
 class SimskipError(Exception):
     """Base of every error raised on purpose."""
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        over = len(message) - LONGEST
-        if over > 0:  # what to do stands at the end
-            half = LONGEST // 2
-            message = f"{message[:half]}… ({over:,} characters left out) …{message[-half:]}"
-        super().__init__(message)
+        message = "\n".join(_cut(line, LONGEST) for line in message.split("\n"))
+        super().__init__(_cut(message, MOST))
 
 
 class ConfigError(SimskipError, ValueError):

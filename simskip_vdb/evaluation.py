@@ -226,13 +226,13 @@ def _checked(name: str) -> Measure:
         measure = _parse(name)
         # trec_eval crashes the process on a cutoff of 0.
         if not 1 <= measure.params.get("cutoff", 1) <= DEEPEST:
-            raise ValueError(f"the cutoff is not 1 to {DEEPEST}")
+            raise ValueError(measure.params)
         list(package.iter_calc([measure], {"q": {"a": 1, "b": 0}}, {"q": {"b": 2, "a": 1}}))
     except Exception as error:
         # ir_measures raises NameError, SyntaxError, AssertionError and more for bad names.
         raise ConfigError(
-            f"measure {name!r} cannot be computed ({error}); name one such as nDCG@10, R@100, "
-            "RR@10, Success@5, P@10 or Rprec"
+            f"measure {name!r} cannot be computed; name one such as nDCG@10, R@100, RR@10, "
+            f"Success@5, P@10 or Rprec, with a cutoff from 1 to {DEEPEST}"
         ) from error
     return measure
 

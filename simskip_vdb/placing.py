@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,8 @@ from simskip_vdb.own_rows import RowSource, apart_from_own
 from simskip_vdb.parsing import Qrels, RowColumn
 from simskip_vdb.rows import usable_vectors
 from simskip_vdb.splits import MOST_GROUP_JUDGMENTS
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,19}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +254,8 @@ def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
     if column.row_ids is not None:
         wanted = id_names(column.row_ids)
         found = find_ids(where, wanted)
+        if ids.dtype.kind != "S":
+            _check_integers(column.source, wanted, found)
         notes.add(column.source, "index ids that no row has", wanted, found < 0)
         return found
     if len(column.values) != len(ids):
@@ -266,6 +271,16 @@ def _positions(column: RowColumn, ids: Ids, notes: Notes) -> Positions:
             f"{len(ids) - 1}; give lines index_id<TAB>value"
         )
     return order
+
+
+def _check_integers(source: str, names: Sequence[str], found: Positions) -> None:
+    """Refuse what can be no id of an index that has integers, `found` (shape (len(names),)) < 0."""
+    for at in np.flatnonzero(found < 0).tolist():
+        if not _INTEGER.fullmatch(names[at]) or not -(2**63) <= int(names[at]) < 2**64:
+            raise DataError(
+                f"{source}, line {at + 1}: index id {names[at]!r} is not an integer in range, and "
+                "this index has integers; correct or remove the line"
+            )
 
 
 def _numbers(ids: Ids) -> NDArray[np.float64]:

@@ -160,7 +160,7 @@ def test_what_is_skipped_is_counted_with_examples() -> None:
      index(2), r"line 2: index id '9+' is not an integer in range"),
     (Judgments(queries=given(["a"], [("a", "y", 1)]),
                doc_ids=labels(["x", "y"], np.array([b"1", b"01"]))),
-     index(2), "index id 1 occurs more than once"),
+     index(2), "line 2: index id '01' is not an integer"),
     (Judgments(queries=given(["a"], [("a", "x", 1)]), doc_ids=labels(["x", "x"])), index(2),
      "'x' stands for more than one row"),
     (Judgments(queries=given(["a"], [("a", "1", 1)]), test=many("q", 3, 2, "--test-queries"),
