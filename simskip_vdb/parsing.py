@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, count, islice, repeat
 from pathlib import Path
@@ -302,16 +302,19 @@ def _check_widths(
 def _integers(
     path: Path, texts: Sequence[str], skipped: int, what: str, dtype: type[np.signedinteger[Any]]
 ) -> NDArray[Any]:
-    try:
-        return np.array([_whole(text) for text in texts], dtype=dtype)
-    except (ValueError, OverflowError):
-        bad = next(i for i, text in enumerate(texts) if not _fits(text, dtype))
-        malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
+    limits = np.iinfo(dtype)
+    with suppress(ValueError, OverflowError):
+        numbers = [_whole(text) for text in texts]
+        if limits.min <= min(numbers, default=0) and max(numbers, default=0) <= limits.max:
+            return np.array(numbers, dtype)
+    bad = next(i for i, text in enumerate(texts) if not _fits(text, limits))
+    malformed(path, bad + skipped, f"{what} {texts[bad]!r} is not an integer in range")
 
 
 def _index_ids(texts: Sequence[str]) -> Ids:
     """Return index ids as integers; as text where one is no integer as an index writes it."""
-    if all(_fits(text, np.int64) and str(_whole(text)) == text for text in texts):
+    limits = np.iinfo(np.int64)
+    if all(_fits(text, limits) and str(_whole(text)) == text for text in texts):
         return np.array([int(text) for text in texts], np.int64)
     return np.array([text.encode() for text in texts])
 
@@ -327,12 +330,11 @@ def _whole(text: str) -> int:
         return int(number)
 
 
-def _fits(text: str, dtype: type[np.signedinteger[Any]]) -> bool:
+def _fits(text: str, limits: np.iinfo[Any]) -> bool:
     try:
-        np.array(_whole(text), dtype=dtype)
+        return limits.min <= _whole(text) <= limits.max
     except (ValueError, OverflowError):
         return False
-    return True
 
 
 def json_record(path: Path, number: int, line: str) -> Mapping[str, Any]:
