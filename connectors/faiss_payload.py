@@ -95,7 +95,7 @@ def _listed_nodes(file: Path) -> Iterator[tuple[int, Fields]]:
     for index in json_of(file.read_bytes())["index_store/data"].values():
         if index["__type__"] == "vector_store":
             told = index["__data__"]
-            names = (json_of(told.encode()) if isinstance(told, str) else told)["nodes_dict"]
+            names = (json_of(told) if isinstance(told, str) else told)["nodes_dict"]
             if all(name.isdigit() for name in names):
                 yield from _nodes(file.parent, names)
 
@@ -106,7 +106,8 @@ def _nodes(folder: Path, names: Mapping[str, str]) -> Iterator[tuple[int, Fields
         told = json_of(store.read_bytes()).get("docstore/data", {})
     for row, name in names.items():
         node = told.get(name, {}).get("__data__", {})
-        yield int(row), {**_node(node), "node_id": name}
+        fields = _node(json_of(node) if isinstance(node, str) else node)
+        yield int(row), {**fields, "node_id": name}
 
 
 def _node(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,8 +118,10 @@ def _node(node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _langchain_js(file: Path) -> Iterator[tuple[int, Fields]]:
-    documents, names = json_of(file.read_bytes())
-    known = dict(documents)
+    told = json_of(file.read_bytes())
+    mapped = len(told) == 2 and isinstance(told[1], dict)  # else an id is a position
+    known = dict(told[0] if mapped else told)
+    names = told[1] if mapped else {name: name for name in known}
     for row, name in names.items():
         document = known.get(name, {})
         text = {"pageContent": document["pageContent"]} if "pageContent" in document else {}
@@ -133,7 +136,7 @@ def _txtai(file: Path) -> Iterator[tuple[int, Fields]]:
         for row, name, text, tags, more in data.execute(
             f"{wanted} LEFT JOIN documents d ON d.id = s.id"
         ):
-            given = json_of(more.encode()) if isinstance(more, str) else {}
+            given = json_of(more) if isinstance(more, str) else {}
             own = {"text": text, "tags": tags}
             told = {key: value for key, value in own.items() if value is not None}
             yield row, {**(given if isinstance(given, dict) else {}), **told, "id": name}

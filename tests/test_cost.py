@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from builders import flat, ivf, random_refiner
+from click.testing import CliRunner
 from edge_shards import make, row_ids
 from parquet_files import write_rows
 from qdrant_client import QdrantClient, models
 
 import simskip_vdb as ss
 from simskip_vdb import journal
+from simskip_vdb.cli import cli
 from simskip_vdb.connectors import open_store
 from simskip_vdb.connectors.edge_store import EdgeStore
 from simskip_vdb.connectors.faiss_store import FaissStore
@@ -155,3 +157,15 @@ def test_no_command_costs_more_as_history_grows(
     for name, cost in many.items():  # a question that is asked once a run, not once a block
         for request in ("count", "get_collection", "state files hashed"):
             assert cost[request] == few[name][request], (name, request)
+
+
+def test_the_state_of_a_small_index_is_small(tmp_path: Path) -> None:
+    path, ids = tmp_path / "rows.faiss", np.arange(900)
+    flat(path, np.random.default_rng(0).normal(size=(900, 16)).astype(np.float32))
+    for seed in range(3):
+        random_refiner(16, ids, seed).save(tmp_path / str(seed))
+        words = ["refine", str(path), "--refiner", str(tmp_path / str(seed)), "--accept-unmeasured"]
+        run = CliRunner().invoke(cli, words, standalone_mode=False)
+        assert run.exit_code == 0, run.output
+    state = sum(f.stat().st_size for f in (tmp_path / "rows.faiss.simskip").rglob("*"))
+    assert state < 6 * path.stat().st_size + 200_000

@@ -86,6 +86,15 @@ def langchain_js(folder: Path, vectors: Vectors) -> list[int]:
     return list(range(len(vectors)))
 
 
+def langchain_js_by_position(folder: Path, vectors: Vectors) -> list[int]:
+    """What LangChain.js saved at first: documents by position."""
+    ids = langchain_js(folder, vectors)
+    documents, _ = json.loads((folder / "docstore.json").read_text())
+    told = [[str(i), document] for i, (_, document) in enumerate(documents)]
+    (folder / "docstore.json").write_text(json.dumps(told))
+    return ids
+
+
 def txtai(folder: Path, vectors: Vectors) -> list[int]:
     ids = list(range(3, 3 + len(vectors)))
     index_file(folder / "embeddings", vectors, ids)
@@ -135,6 +144,14 @@ def test_rows_are_known_by_what_lies_beside_them(
     with pytest.raises(ConfigError, match=f"no row has a field 'colour'; there are: .*{name}"):
         list(store.scan(7, fields=["colour"]))
     assert not any("--doc-id" in step for step in inspect(store)["next"])
+
+
+def test_documents_may_be_known_by_position(tmp_path: Path, vectors: Vectors) -> None:
+    langchain_js_by_position(tmp_path, vectors)
+    (batch,) = open_store(str(tmp_path)).scan(N, fields=["id", "source", "pageContent"])
+    assert [*batch.fields["id"]] == [str(i) for i in range(N)]
+    assert [*batch.fields["source"]] == [f"s{i}" for i in range(N)]
+    assert batch.fields["pageContent"][3] == "text 3"
 
 
 def test_files_beside_that_are_damaged(tmp_path: Path, vectors: Vectors) -> None:
