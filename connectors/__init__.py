@@ -42,6 +42,10 @@ _BUILT_IN = {
         _BuiltIn("simskip_vdb.connectors.array_store", "ArrayFile", "eval"),
     ),
     "llama-index": _BuiltIn("simskip_vdb.connectors.json_store", "SimpleStoreFile", "eval"),
+    **dict.fromkeys(
+        ("postgresql", "postgres"),
+        _BuiltIn("simskip_vdb.connectors.postgres_store", "PostgresStore", "postgres"),
+    ),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),

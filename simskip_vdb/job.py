@@ -25,6 +25,7 @@ _ARRAYS = ("npy", "npz", "safetensors")
 _FILES = ("parquet", *_ARRAYS, "llama-index")
 _MODES = {
     **dict.fromkeys(("faiss", *_FILES), (IN_PLACE,)),
+    **dict.fromkeys(("postgresql", "postgres"), (IN_PLACE,)),
     "qdrant-edge": (IN_PLACE, NEW_VECTOR),
 }
 """What can be written, where not every mode can."""
@@ -34,6 +35,7 @@ _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     faiss=(("filter", "guard_field"), "{} is read and written whole"),
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     llama=(("filter", "guard_field", "originals"), "{} is read and written whole"),
+    postgresql=(("originals",), "{} holds its vectors itself"),
     qdrant=(("originals",), "{} holds its vectors itself"),
     **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
 )

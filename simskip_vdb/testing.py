@@ -42,6 +42,7 @@ class StoreContract:
         positional: True where ids are positions.
         exact: True where vectors are read back bit for bit.
         tolerance: Largest error of a number that is read back, where `exact` is false.
+        score_error: Largest error of a score, for engines that round queries.
         search_params: Settings with which search finds every row.
         count: Rows that are tried.
         dim: Dimension that is tried.
@@ -51,6 +52,7 @@ class StoreContract:
     positional: bool = False
     exact: bool = True
     tolerance: float = 0.0
+    score_error: float = 1e-5
     search_params: Mapping[str, Any] = MappingProxyType({})
     count: int = 60
     dim: int = 8
@@ -207,7 +209,7 @@ class StoreContract:
         found = store.search(queries, _K, self.search_params)
         np.testing.assert_array_equal(found.ids, ids[best])
         expected = np.take_along_axis(scores, best, axis=1)
-        np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found.scores, expected, rtol=1e-4, atol=self.score_error)
 
 
 class FileContract(StoreContract):
