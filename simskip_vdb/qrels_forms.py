@@ -40,11 +40,10 @@ def read_any_qrels(path: Path) -> Qrels:
 
     ``.json`` is ``{query: {document: grade}}``, as ranx, pytrec_eval and BEIR's own code have it;
     ``.jsonl`` and ``.parquet`` are tables of query, document and grade, as data hubs and ranx have
-    them; ``.lz4`` is what ranx compresses; ``ir_datasets:NAME`` is a data set of that package; all
-    else is text, see `read_qrels`.
+    them; ``ir_datasets:NAME`` is a data set of that package; all else is text, see `read_qrels`.
 
     Raises:
-        ConfigError: There is no such file or data set, or ranx or ir_datasets is not installed.
+        ConfigError: There is no such file or data set, or ir_datasets is not installed.
         DataError: It is malformed, or a grade is not an integer up to `HIGHEST_GRADE`.
         MissingDependencyError: pyarrow is not installed (``.parquet``).
     """
@@ -53,8 +52,6 @@ def read_any_qrels(path: Path) -> Qrels:
         return _judged(name, _ir_datasets(name.removeprefix(IR_DATASETS)))
     if path.suffix == ".json":
         return _judged(name, _nested(path, _json(path)))
-    if path.suffix == ".lz4":
-        return _judged(name, _nested(path, _ranx(path)))
     if path.suffix == ".jsonl":
         return _judged(name, _json_lines(path))
     if path.suffix == ".parquet":
@@ -121,14 +118,6 @@ def _nested(path: Path, found: Any) -> Iterator[_Row]:  # noqa: ANN401 any JSON
             raise DataError(f"{path}: query {query!r} has no {{document: grade}}; correct it")
         for doc, grade in docs.items():
             yield str(query), str(doc), grade
-
-
-def _ranx(path: Path) -> Any:  # noqa: ANN401 ranx has no types
-    ranx = _package("ranx")
-    try:
-        return ranx.Qrels.from_file(str(path), kind="lz4").to_dict()
-    except Exception as error:  # whatever ranx, lz4 or orjson raise
-        raise DataError(f"{path} cannot be read by ranx: {error}") from error
 
 
 def _ir_datasets(name: str) -> Iterator[_Row]:

@@ -211,7 +211,9 @@ class Sampler:
         if len(self.offset_rows) > MAX_OFFSETS or still:
             self.offset_rows = self.offset_rows[:0]
         # Part of its offset that a row keeps once it is learnt, shape (m,).
-        self.keep = np.where(self._unjudged[self.offset_rows], np.float32(NEGATIVES_KEEP), 1)
+        self.keep = np.where(
+            self._unjudged[self.offset_rows], np.float32(NEGATIVES_KEEP), np.float32(1)
+        )
         self._slot_of = np.full(n, len(self.offset_rows))
         self._slot_of[self.offset_rows] = np.arange(len(self.offset_rows))
         self._unjudged_share = float(self._unjudged.sum() / len(self._rows))
