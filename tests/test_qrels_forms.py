@@ -100,7 +100,7 @@ def test_ir_datasets_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 def test_what_ranx_saves(tmp_path: Path) -> None:
     ranx = pytest.importorskip("ranx")
     grades = {query: dict(docs) for query, docs in JUDGED.items()}
-    for kind in ("json", "trec", "parquet"):
+    for kind in ("json", "parquet"):
         path = tmp_path / f"q.{kind}"
         ranx.Qrels(grades).save(str(path), kind=kind)
         assert judged(path) == JUDGED
