@@ -46,6 +46,7 @@ _BUILT_IN = {
         ("postgresql", "postgres"),
         _BuiltIn("simskip_vdb.connectors.postgres_store", "PostgresStore", "postgres"),
     ),
+    "sqlite-vec": _BuiltIn("simskip_vdb.connectors.sqlite_store", "SqliteStore", "sqlite-vec"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),

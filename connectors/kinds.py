@@ -51,7 +51,7 @@ def refuse_other_kinds(path: Path, scheme: str, uri: str) -> None:
             f"{uri}: this is a Git LFS pointer, not the file that it stands for; fetch that with: "
             "git lfs pull"
         )
-    may_be = {"npz": b"PK", "llama-index": b"{"}.get(scheme)
+    may_be = {"npz": b"PK", "llama-index": b"{", "sqlite-vec": b"SQLite"}.get(scheme)
     if may_be is not None and head.lstrip().startswith(may_be):
         return
     found = _kind(path, head)

@@ -22,7 +22,7 @@ from simskip_vdb.judgments import JudgmentFiles, misfits
 
 ALERT, ROLL_BACK = "alert", "rollback"
 _ARRAYS = ("npy", "npz", "safetensors")
-_FILES = ("parquet", *_ARRAYS, "llama-index")
+_FILES = ("parquet", *_ARRAYS, "llama-index", "sqlite-vec")
 _MODES = {
     **dict.fromkeys(("faiss", *_FILES), (IN_PLACE,)),
     **dict.fromkeys(("postgresql", "postgres"), (IN_PLACE,)),
@@ -35,7 +35,9 @@ _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     faiss=(("filter", "guard_field"), "{} is read and written whole"),
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     llama=(("filter", "guard_field", "originals"), "{} is read and written whole"),
-    postgresql=(("originals",), "{} holds its vectors itself"),
+    **dict.fromkeys(
+        ("postgresql", "postgres", "sqlite"), (("originals",), "{} holds its vectors itself")
+    ),
     qdrant=(("originals",), "{} holds its vectors itself"),
     **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
 )
