@@ -16,14 +16,17 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import apsw
 import faiss
 import numpy as np
 import qdrant_edge as edge
+import sqlite_vec
 from numpy.typing import NDArray
 from qdrant_client import QdrantClient, models
 from speed_cells import refiner
@@ -41,6 +44,7 @@ NEEDED = (  # by a run, which imports them when it comes to that
     "simskip_vdb.connectors.edge_store",
     "simskip_vdb.connectors.faiss_store",
     "simskip_vdb.connectors.qdrant_store",
+    "simskip_vdb.connectors.sqlite_store",
     "simskip_vdb.upkeep",
 )
 QUERIES, NEIGHBOURS = 8, 5
@@ -250,7 +254,46 @@ class Local(Qdrant):
         return Rows(ids[order], vectors, payload, np.array(found))
 
 
-KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local())
+class SqliteVec(Kind):
+    """A table of sqlite-vec."""
+
+    name = "sqlite-vec"
+    metric = Metric.COSINE
+
+    def uri(self, folder: Path) -> str:
+        return f"sqlite-vec:{folder / 'x.db'}"
+
+    def build(self, folder: Path) -> None:
+        with closing(_sqlite(folder)) as db, db:
+            columns = (
+                f"id integer primary key, v float[{self.dim}] distance_metric=cosine, +n integer"
+            )
+            db.execute(f"CREATE VIRTUAL TABLE docs USING vec0({columns})")
+            rows = zip(self.ids.tolist(), self.vectors(), strict=True)
+            values = ((key, row.tobytes(), key) for key, row in rows)
+            db.executemany("INSERT INTO docs (id, v, n) VALUES (?, ?, ?)", values)
+
+    def read(self, folder: Path) -> Rows:
+        with closing(_sqlite(folder)) as db:
+            rows = list(db.execute("SELECT id, v, n FROM docs ORDER BY id"))
+            vectors = np.array([np.frombuffer(v, np.float32) for _, v, _ in rows])
+            near = "SELECT id FROM docs WHERE v MATCH ? AND k = ?"
+            found = [
+                [key for (key,) in db.execute(near, (query.tobytes(), NEIGHBOURS))]
+                for query in vectors[:QUERIES]
+            ]
+        ids, payload = (np.array([row[at] for row in rows]) for at in (0, 2))
+        return Rows(ids, vectors, payload, np.array(found))
+
+
+def _sqlite(folder: Path) -> Any:  # noqa: ANN401 a connection of apsw
+    db = apsw.Connection(str(folder / "x.db"))
+    db.enable_load_extension(True)
+    db.load_extension(sqlite_vec.loadable_path())
+    return db
+
+
+KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local(), SqliteVec())
 
 
 @dataclass
