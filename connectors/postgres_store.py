@@ -370,8 +370,9 @@ class PostgresStore(LiveRows):
                 f"{self._uri}: the vector of {id_names(ids[odd : odd + 1])[0]} has another length "
                 f"than {self._dim}; leave such rows out with --filter"
             )
-        bytes_of = b"".join(bytes(row[1])[4:] for row in rows)
-        vectors = np.frombuffer(bytes_of, f">f{width}").astype(np.float32).reshape(-1, self._dim)
+        stored = np.dtype([("dim", ">i4"), ("numbers", f">f{width}", (self._dim,))])
+        found = np.frombuffer(b"".join([row[1] for row in rows]), stored)
+        vectors = np.ascontiguousarray(found["numbers"], np.float32).reshape(-1, self._dim)
         values = {name: [row[2 + at] for row in rows] for at, name in enumerate(fields)}
         last = None if not rows else (id_names(ids[-1:])[0] if text else int(ids[-1]))
         return VectorBatch(ids=ids, vectors=vectors, fields=values, cursor=last)
