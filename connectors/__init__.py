@@ -46,6 +46,10 @@ _BUILT_IN = {
         ("postgresql", "postgres"),
         _BuiltIn("simskip_vdb.connectors.postgres_store", "PostgresStore", "postgres"),
     ),
+    **dict.fromkeys(
+        ("chroma", "chroma+http"),
+        _BuiltIn("simskip_vdb.connectors.chroma_store", "ChromaStore", "chroma"),
+    ),
     "sqlite-vec": _BuiltIn("simskip_vdb.connectors.sqlite_store", "SqliteStore", "sqlite-vec"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(

@@ -22,10 +22,10 @@ from simskip_vdb.judgments import JudgmentFiles, misfits
 
 ALERT, ROLL_BACK = "alert", "rollback"
 _ARRAYS = ("npy", "npz", "safetensors")
-_FILES = ("parquet", *_ARRAYS, "llama-index", "sqlite-vec")
+_FILES = ("parquet", *_ARRAYS, "llama-index", "sqlite-vec", "chroma")
 _MODES = {
     **dict.fromkeys(("faiss", *_FILES), (IN_PLACE,)),
-    **dict.fromkeys(("postgresql", "postgres"), (IN_PLACE,)),
+    **dict.fromkeys(("chroma", "chroma+http", "postgresql", "postgres"), (IN_PLACE,)),
     "qdrant-edge": (IN_PLACE, NEW_VECTOR),
 }
 """What can be written, where not every mode can."""
@@ -36,7 +36,8 @@ _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     llama=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     **dict.fromkeys(
-        ("postgresql", "postgres", "sqlite"), (("originals",), "{} holds its vectors itself")
+        ("chroma", "postgresql", "postgres", "sqlite"),
+        (("originals",), "{} holds its vectors itself"),
     ),
     qdrant=(("originals",), "{} holds its vectors itself"),
     **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
