@@ -85,12 +85,21 @@ def among(ids: Ids, column: str) -> str:
     return f"{column} IN ('{texts}')"
 
 
-def beyond(cursor: int | str | bytes, column: str) -> str:
+def between(ids: Ids, column: str) -> str:
+    """Return SQL that lets rows through from the least of these ids to the greatest."""
+    first, last = (_literal(each) for each in np.sort(ids)[[0, -1]].tolist())
+    return f"{column} >= {first} AND {column} <= {last}"
+
+
+def beyond(cursor: int | str, column: str) -> str:
     """Return SQL that lets rows through whose id is above one."""
-    if isinstance(cursor, int):
-        return f"{column} > {cursor}"
-    text = cursor.decode() if isinstance(cursor, bytes) else cursor
-    return "{} > '{}'".format(column, text.replace("'", "''"))
+    return f"{column} > {_literal(cursor)}"
+
+
+def _literal(value: Any) -> str:  # noqa: ANN401 a number, or text
+    if isinstance(value, bytes):
+        value = value.decode()
+    return f"""'{value.replace("'", "''")}'""" if isinstance(value, str) else str(int(value))
 
 
 def refuse_repeated(ordered: Ids, name: str, uri: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from simskip_vdb.connectors.lance_ids import (
     among,
+    between,
     beyond,
     check_kind,
     places_of,
@@ -74,6 +75,8 @@ class LanceRows:
     columns: Columns
     filter: str | None
     guard: str | None
+    _counts: dict[int, int] = field(default_factory=dict)
+    _ascending: dict[int, bool] = field(default_factory=dict)
 
     @property
     def having(self) -> str:
@@ -85,7 +88,11 @@ class LanceRows:
         """Count the rows that have a vector and pass the filter."""
         with engine_call(self.uri, "counting"):
             self.table.checkout_latest()
-            return int(self.table.count_rows(self.having))
+            version = self.table.version
+            if version not in self._counts:
+                self._counts.clear()
+                self._counts[version] = int(self.table.count_rows(self.having))
+        return self._counts[version]
 
     def refuse_repeated(self) -> None:
         """Refuse ids that stand for several rows, with a vector or not.
@@ -94,9 +101,12 @@ class LanceRows:
             DataError: There are any, or a row has none.
         """
         with engine_call(self.uri, "reading ids"):
+            version = self.table.version
             column = self.table.search().select([self.columns.id]).to_arrow()[self.columns.id]
         ids = to_ids(column, self.columns.id, self.uri)
-        refuse_repeated(np.sort(ids), self.columns.id, self.uri)
+        self._ascending[version] = _ascend(ids)
+        if not self._ascending[version]:
+            refuse_repeated(np.sort(ids), self.columns.id, self.uri)
 
     def refuse_unknown(self, names: Sequence[str]) -> None:
         """Refuse columns that are not there.
@@ -115,41 +125,32 @@ class LanceRows:
         self, batch_size: int, fields: Sequence[str], cursor: Cursor | None
     ) -> Iterator[VectorBatch]:
         """Yield the rows of one version by ascending id; a cursor is the last id of a batch."""
+        wheres = [] if self.filter is None else [f"({self.filter})"]
+        if cursor is not None:
+            wheres.append(beyond(self._cursor(cursor), self._sql(self.columns.id)))
+        where = " AND ".join(wheres)
+        names = list(dict.fromkeys([self.columns.id, self.columns.vector, *fields]))
         with engine_call(self.uri, "reading ids"):
             table = self.reopen()
-            table.checkout(table.version)
-            where = self.having
-            if cursor is not None:
-                where += f" AND {beyond(self._cursor(cursor), self._sql(self.columns.id))}"
-            found = (
-                table.search().where(where).select([self.columns.id]).with_row_id(True).to_arrow()
-            )
-        ids = to_ids(found[self.columns.id], self.columns.id, self.uri)
-        order = np.argsort(ids, kind="stable")
-        ordered = ids[order]
-        refuse_repeated(ordered, self.columns.id, self.uri)
-        names = list(dict.fromkeys([self.columns.id, self.columns.vector, *fields]))
-        if (order == np.arange(len(order))).all():
+            version = table.version
+            table.checkout(version)
+        rows = None if self._ascending.get(version) else self._by_id(table, where)
+        if rows is None:
             tables = self._stream(table, where, names, batch_size)
         else:
-            rows = found[_ROW_ID].to_numpy()[order]
-            tables = self._windows(table, rows, ordered, names, batch_size)
-        done = 0
+            tables = self._windows(table, rows, names, batch_size)
+        last: Any = None
         for part in tables:
             batch = self._batch(part, fields)
-            expected = ordered[done : done + len(batch)]
-            if not np.array_equal(batch.ids, expected):
+            if not len(batch):
+                continue
+            if not _ascend(batch.ids) or (last is not None and batch.ids[0] <= last):
                 raise StoreError(
-                    f"{self.uri}: rows came in another order than their ids; report it to "
-                    "LanceDB's authors"
+                    f"{self.uri}: rows came in another order than their ids, which says that the "
+                    "engine read them otherwise than it should; report it"
                 )
-            done += len(batch)
+            last = batch.ids[-1]
             yield batch
-        if done < len(ordered):
-            raise StoreError(
-                f"{self.uri}: only {done:,} of {len(ordered):,} rows were read; the same command "
-                "reads them again"
-            )
 
     def peek(self, ids: Ids) -> VectorBatch:
         """Return those of these rows that are there, in the order asked."""
@@ -171,10 +172,14 @@ class LanceRows:
             DataError: An id stands for several rows.
         """
         names = [self.columns.id, self.columns.vector, *([self.guard] if self.guard else [])]
-        where = f"{among(ids, self._sql(self.columns.id))} AND {self.having}"
         with engine_call(self.uri, "reading rows"):
+            where = self._choice(table, ids)
             wanted = [*dict.fromkeys(names), _ADDRESS]
             found = table.search().where(where).select(wanted).to_arrow()
+        asked = np.isin(to_ids(found[self.columns.id], self.columns.id, self.uri), ids)
+        if not asked.all():
+            found = found.filter(pa.array(asked))
+        found = self._having_vectors(found)
         batch = self._batch(found, [self.guard] if self.guard else [])
         at = places_of(batch.ids, ids)
         order = np.argsort(at, kind="stable")
@@ -248,13 +253,15 @@ class LanceRows:
                 f" AND (target.{name} = source.{name} OR "
                 f"(target.{name} IS NULL AND source.{name} IS NULL))"
             )
-        with engine_call(self.uri, "writing rows; is the disk full?"):
+        with engine_call(self.uri, "writing rows; is the disk full?", writes=True):
             merge = self.table.merge_insert(kinds.id).when_matched_update_all(where=condition)
             result = merge.use_index(False).execute(pa.table(source))
         ours = np.ones(len(held.rows), np.bool_)
         if result.num_attempts > 1 or result.num_updated_rows != len(held.rows):
             self._give_back(held, bound, result.version)
-            now = self.read(self.reopen(), held.rows.ids)
+            with engine_call(self.uri, "reading rows"):
+                table = self.reopen()
+            now = self.read(table, held.rows.ids)
             ours[:] = False
             ours[now.at] = _same(now.rows.vectors, new.astype(np.float32)[now.at])
         return ours
@@ -276,6 +283,28 @@ class LanceRows:
             table.checkout(version)
         return self.read(table, ids)
 
+    def _choice(self, table: Any, ids: Ids) -> str:  # noqa: ANN401 lancedb
+        """Return SQL that lets rows of these ids through, and others if that is faster to find."""
+        name = self._sql(self.columns.id)
+        where = "" if self.filter is None else f" AND ({self.filter})"
+        span = between(ids, name)
+        if table.count_rows(span) <= 2 * len(ids):
+            return span + where
+        return among(ids, name) + where
+
+    def _by_id(self, table: Any, where: str) -> NDArray[np.uint64] | None:  # noqa: ANN401 lancedb
+        """Return the row ids of rows by ascending id, shape (n,); None where they lie so."""
+        with engine_call(self.uri, "reading ids"):
+            query = _where(table.search(), where).select([self.columns.id])
+            found = query.with_row_id(True).to_arrow()
+        ids = to_ids(found[self.columns.id], self.columns.id, self.uri)
+        if _ascend(ids):
+            return None
+        order = np.argsort(ids, kind="stable")
+        refuse_repeated(ids[order], self.columns.id, self.uri)
+        rows: NDArray[np.uint64] = found[_ROW_ID].to_numpy()[order]
+        return rows
+
     def _stream(
         self,
         table: Any,  # noqa: ANN401 lancedb
@@ -287,7 +316,7 @@ class LanceRows:
         parts: list[Any] = []
         held = 0
         with engine_call(self.uri, "reading rows"):
-            for batch in table.search().where(where).select(names).to_batches(batch_size):
+            for batch in _where(table.search(), where).select(names).to_batches(batch_size):
                 parts.append(batch)
                 held += batch.num_rows
                 while held >= batch_size:
@@ -302,11 +331,10 @@ class LanceRows:
         self,
         table: Any,  # noqa: ANN401 lancedb
         rows: NDArray[np.uint64],
-        ids: Ids,
         names: list[str],
         batch_size: int,
     ) -> Iterator[Any]:
-        """Yield rows by their row ids, shape (n,), in the order of `ids`."""
+        """Yield rows by their row ids, shape (n,), which are in the order of ids."""
         most = max(_WINDOW_BYTES // (4 * self.columns.dim), 1)
         size = max(most // batch_size, 1) * batch_size
         for start in range(0, len(rows), size):
@@ -317,19 +345,26 @@ class LanceRows:
             for first in range(0, len(places), batch_size):
                 yield found.take(pa.array(places[first : first + batch_size]))
 
+    def _having_vectors(self, found: Any) -> Any:  # noqa: ANN401 pyarrow
+        lists = found[self.columns.vector]
+        return found.filter(lists.is_valid()) if lists.null_count else found
+
     def _batch(self, found: Any, fields: Sequence[str]) -> VectorBatch:  # noqa: ANN401 pyarrow
+        found = self._having_vectors(found)
         ids = to_ids(found[self.columns.id], self.columns.id, self.uri)
         if not len(ids):
             return VectorBatch(ids=ids, vectors=np.empty((0, self.columns.dim), np.float32))
         lists = found[self.columns.vector]
-        parts = [part.flatten() for part in lists.chunks]
+        parts = [part.flatten() for part in lists.chunks if len(part)]
         gaps = sum(part.null_count for part in parts)
         if gaps:
             raise DataError(
                 f"{self.uri}: vectors in '{self.columns.vector}' have {gaps:,} numbers missing; "
                 "correct them, or set the whole vector to null"
             )
-        numbers = np.concatenate([part.to_numpy() for part in parts])
+        numbers = parts[0].to_numpy()
+        if len(parts) > 1:
+            numbers = np.concatenate([part.to_numpy() for part in parts])
         vectors = numbers.astype(np.float32, copy=False).reshape(len(ids), self.columns.dim)
         cursor = ids[-1].item()
         return VectorBatch(
@@ -349,6 +384,14 @@ class LanceRows:
 
     def _sql(self, name: str) -> str:
         return quoted(name, self.uri)
+
+
+def _where(query: Any, where: str) -> Any:  # noqa: ANN401 lancedb
+    return query.where(where) if where else query
+
+
+def _ascend(ids: Ids) -> bool:
+    return bool((ids[1:] > ids[:-1]).all())
 
 
 def _same(one: Vectors, other: Vectors) -> Mask:

@@ -106,9 +106,10 @@ class LanceStore:
         self._read_only = read_only
         self._filter = (filter or "").strip() or None
         self._names = {"table": table, "column": column, "id": id}
-        self._table, self._names["table"] = open_table(self._path, table, self._uri)
+        reopen, self._names["table"] = open_table(self._path, table, self._uri)
         self._opened = time.time()
         with engine_call(self._uri, "describing the table"):
+            self._table = reopen()
             schema = self._table.schema
         columns = choose_columns(schema, column, id, self._uri)
         self._names.update(column=columns.vector, id=columns.id)
@@ -119,7 +120,7 @@ class LanceStore:
         self._metric = choose_metric(distance, metric, self._uri)
         self._rows = LanceRows(
             table=self._table,
-            reopen=self._reopen,
+            reopen=reopen,
             uri=self._uri,
             columns=columns,
             filter=self._filter,
@@ -321,9 +322,6 @@ class LanceStore:
     @property
     def _states(self) -> Path:
         return beside(self._path, ".simskip") / quote(str(self._names["table"]), safe="")
-
-    def _reopen(self) -> Any:  # noqa: ANN401 lancedb
-        return open_table(self._path, self._names["table"], self._uri)[0]
 
     def _notes(self) -> dict[str, Any]:
         return read_metadata(self._table, self._columns.vector, MARKER, self._uri) or {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "halffloat": np.dtype(np.float16),
 }
 _CONFLICT = re.compile(r"commit conflict|[Cc]oncurrent|Incompatible transaction")
+_GONE = re.compile(r"[Nn]ot found")
 _SOURCE = re.compile(r", (?:/\S+/)?[\w.-]+/\S+\.rs:\d+(?::\d+)?")
 
 
@@ -72,8 +74,11 @@ class Conflict(TransientStoreError):
 
 
 @contextmanager
-def engine_call(uri: str, doing: str) -> Iterator[None]:
-    """Turn the engine's errors and panics into `StoreError`, and conflicts into `Conflict`."""
+def engine_call(uri: str, doing: str, *, writes: bool = False) -> Iterator[None]:
+    """Turn the engine's errors and panics into `StoreError`, and conflicts into `Conflict`.
+
+    Where this `writes`, a conflict is also that somebody removed the files of the version read.
+    """
     try:
         yield
     except SimskipError:
@@ -83,12 +88,12 @@ def engine_call(uri: str, doing: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         told = f"{uri}: {doing}: {_SOURCE.sub('', str(error))}"
-        if _CONFLICT.search(told):
+        if _CONFLICT.search(told) or (writes and _GONE.search(told)):
             raise Conflict(f"{told}; the same command goes on") from error
         raise StoreError(told) from error
 
 
-def open_table(path: Path, name: str | None, uri: str) -> tuple[Any, str]:
+def open_table(path: Path, name: str | None, uri: str) -> tuple[Callable[[], Any], str]:
     """Open a table.
 
     Args:
@@ -97,7 +102,7 @@ def open_table(path: Path, name: str | None, uri: str) -> tuple[Any, str]:
         uri: The store's address for messages.
 
     Returns:
-        A handle of the table, and its name.
+        What opens the table at its latest version, and its name.
 
     Raises:
         StoreNotFoundError: There is no such folder or table.
@@ -136,7 +141,7 @@ def open_table(path: Path, name: str | None, uri: str) -> tuple[Any, str]:
             f"{uri}: the table is written through a log (LSM), past which nothing can be compared; "
             "take it off with table.unset_lsm_write_spec()"
         )
-    return table, chosen
+    return partial(database.open_table, chosen), chosen
 
 
 def choose_columns(schema: Any, vector: str | None, ids: str | None, uri: str) -> Columns:  # noqa: ANN401 pyarrow
