@@ -102,6 +102,11 @@ def _literal(value: Any) -> str:  # noqa: ANN401 a number, or text
     return f"""'{value.replace("'", "''")}'""" if isinstance(value, str) else str(int(value))
 
 
+def ascend(ids: Ids) -> bool:
+    """Tell whether each of these ids is above the one before."""
+    return bool((ids[1:] > ids[:-1]).all())
+
+
 def refuse_repeated(ordered: Ids, name: str, uri: str) -> None:
     """Refuse ids that stand for several rows.
 

@@ -1,10 +1,9 @@
-"""The rows of a Lance table that have a vector: scanned in the order of ids, read and written."""
+"""The rows of a Lance table that have a vector: read by id, and written."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,23 +13,21 @@ from numpy.typing import NDArray
 from simskip_vdb.connectors.lance_ids import (
     among,
     between,
-    beyond,
     check_kind,
     places_of,
     refuse_repeated,
     to_column,
     to_ids,
 )
-from simskip_vdb.connectors.lance_table import Columns, Conflict, engine_call, quoted
-from simskip_vdb.datatypes import Cursor, Ids, Mask, Positions, VectorBatch, Vectors
-from simskip_vdb.errors import ConfigError, DataError, StoreError
+from simskip_vdb.connectors.lance_scan import LanceScan
+from simskip_vdb.connectors.lance_table import Conflict, engine_call
+from simskip_vdb.datatypes import Ids, Mask, Positions, VectorBatch, Vectors
 from simskip_vdb.store import Allowed
 
 PAGE = 8192
 """Rows in a request: each that writes reads all other columns once, and makes a version."""
-_WINDOW_BYTES = 1 << 25
 _TRIES, _WAIT = 10, 0.05
-_ADDRESS, _ROW_ID = "_rowaddr", "_rowid"
+_ADDRESS = "_rowaddr"
 _FRAGMENT = np.uint64(32)  # bits of an address below the number of its fragment
 
 
@@ -57,100 +54,8 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LanceRows:
-    """Rows of a table with a vector.
-
-    Attributes:
-        table: The handle that writes.
-        reopen: Returns another handle of the table, at its latest version.
-        uri: The store's address for messages.
-        columns: What holds what.
-        filter: SQL that narrows the rows; None for all.
-        guard: Column on which a write depends; None for none.
-    """
-
-    table: Any
-    reopen: Callable[[], Any]
-    uri: str
-    columns: Columns
-    filter: str | None
-    guard: str | None
-    _counts: dict[int, int] = field(default_factory=dict)
-    _ascending: dict[int, bool] = field(default_factory=dict)
-
-    @property
-    def having(self) -> str:
-        """SQL that lets the rows through that count."""
-        there = f"{self._sql(self.columns.vector)} IS NOT NULL"
-        return there if self.filter is None else f"({self.filter}) AND {there}"
-
-    def count(self) -> int:
-        """Count the rows that have a vector and pass the filter."""
-        with engine_call(self.uri, "counting"):
-            self.table.checkout_latest()
-            version = self.table.version
-            if version not in self._counts:
-                self._counts.clear()
-                self._counts[version] = int(self.table.count_rows(self.having))
-        return self._counts[version]
-
-    def refuse_repeated(self) -> None:
-        """Refuse ids that stand for several rows, with a vector or not.
-
-        Raises:
-            DataError: There are any, or a row has none.
-        """
-        with engine_call(self.uri, "reading ids"):
-            version = self.table.version
-            column = self.table.search().select([self.columns.id]).to_arrow()[self.columns.id]
-        ids = to_ids(column, self.columns.id, self.uri)
-        self._ascending[version] = _ascend(ids)
-        if not self._ascending[version]:
-            refuse_repeated(np.sort(ids), self.columns.id, self.uri)
-
-    def refuse_unknown(self, names: Sequence[str]) -> None:
-        """Refuse columns that are not there.
-
-        Raises:
-            ConfigError: One is not.
-        """
-        for name in names:
-            if name not in self.columns.names:
-                raise ConfigError(
-                    f"{self.uri}: there is no column '{name}'; there are "
-                    f"{', '.join(self.columns.names)}"
-                )
-
-    def scan(
-        self, batch_size: int, fields: Sequence[str], cursor: Cursor | None
-    ) -> Iterator[VectorBatch]:
-        """Yield the rows of one version by ascending id; a cursor is the last id of a batch."""
-        wheres = [] if self.filter is None else [f"({self.filter})"]
-        if cursor is not None:
-            wheres.append(beyond(self._cursor(cursor), self._sql(self.columns.id)))
-        where = " AND ".join(wheres)
-        names = list(dict.fromkeys([self.columns.id, self.columns.vector, *fields]))
-        with engine_call(self.uri, "reading ids"):
-            table = self.reopen()
-            version = table.version
-            table.checkout(version)
-        rows = None if self._ascending.get(version) else self._by_id(table, where)
-        if rows is None:
-            tables = self._stream(table, where, names, batch_size)
-        else:
-            tables = self._windows(table, rows, names, batch_size)
-        last: Any = None
-        for part in tables:
-            batch = self._batch(part, fields)
-            if not len(batch):
-                continue
-            if not _ascend(batch.ids) or (last is not None and batch.ids[0] <= last):
-                raise StoreError(
-                    f"{self.uri}: rows came in another order than their ids, which says that the "
-                    "engine read them otherwise than it should; report it"
-                )
-            last = batch.ids[-1]
-            yield batch
+class LanceRows(LanceScan):
+    """Rows of a table with a vector, which can be written; see `LanceScan`."""
 
     def peek(self, ids: Ids) -> VectorBatch:
         """Return those of these rows that are there, in the order asked."""
@@ -179,8 +84,8 @@ class LanceRows:
         asked = np.isin(to_ids(found[self.columns.id], self.columns.id, self.uri), ids)
         if not asked.all():
             found = found.filter(pa.array(asked))
-        found = self._having_vectors(found)
-        batch = self._batch(found, [self.guard] if self.guard else [])
+        found = self.having_vectors(found)
+        batch = self.batch(found, [self.guard] if self.guard else [])
         at = places_of(batch.ids, ids)
         order = np.argsort(at, kind="stable")
         refuse_repeated(batch.ids[order], self.columns.id, self.uri)
@@ -247,7 +152,7 @@ class LanceRows:
             kinds.vector: pa.FixedSizeListArray.from_arrays(pa.array(new.ravel()), type=kinds.kind),
         }
         if self.guard is not None and self.guard not in source:
-            name = self._sql(self.guard)
+            name = self.sql(self.guard)
             source[self.guard] = held.guards
             condition += (
                 f" AND (target.{name} = source.{name} OR "
@@ -285,113 +190,12 @@ class LanceRows:
 
     def _choice(self, table: Any, ids: Ids) -> str:  # noqa: ANN401 lancedb
         """Return SQL that lets rows of these ids through, and others if that is faster to find."""
-        name = self._sql(self.columns.id)
+        name = self.sql(self.columns.id)
         where = "" if self.filter is None else f" AND ({self.filter})"
         span = between(ids, name)
         if table.count_rows(span) <= 2 * len(ids):
             return span + where
         return among(ids, name) + where
-
-    def _by_id(self, table: Any, where: str) -> NDArray[np.uint64] | None:  # noqa: ANN401 lancedb
-        """Return the row ids of rows by ascending id, shape (n,); None where they lie so."""
-        with engine_call(self.uri, "reading ids"):
-            query = _where(table.search(), where).select([self.columns.id])
-            found = query.with_row_id(True).to_arrow()
-        ids = to_ids(found[self.columns.id], self.columns.id, self.uri)
-        if _ascend(ids):
-            return None
-        order = np.argsort(ids, kind="stable")
-        refuse_repeated(ids[order], self.columns.id, self.uri)
-        rows: NDArray[np.uint64] = found[_ROW_ID].to_numpy()[order]
-        return rows
-
-    def _stream(
-        self,
-        table: Any,  # noqa: ANN401 lancedb
-        where: str,
-        names: list[str],
-        batch_size: int,
-    ) -> Iterator[Any]:
-        """Yield the rows as they lie, in tables of `batch_size`."""
-        parts: list[Any] = []
-        held = 0
-        with engine_call(self.uri, "reading rows"):
-            for batch in _where(table.search(), where).select(names).to_batches(batch_size):
-                parts.append(batch)
-                held += batch.num_rows
-                while held >= batch_size:
-                    whole = pa.Table.from_batches(parts)
-                    yield whole.slice(0, batch_size)
-                    parts = whole.slice(batch_size).to_batches()
-                    held -= batch_size
-            if held:
-                yield pa.Table.from_batches(parts)
-
-    def _windows(
-        self,
-        table: Any,  # noqa: ANN401 lancedb
-        rows: NDArray[np.uint64],
-        names: list[str],
-        batch_size: int,
-    ) -> Iterator[Any]:
-        """Yield rows by their row ids, shape (n,), which are in the order of ids."""
-        most = max(_WINDOW_BYTES // (4 * self.columns.dim), 1)
-        size = max(most // batch_size, 1) * batch_size
-        for start in range(0, len(rows), size):
-            with engine_call(self.uri, "reading rows"):
-                wanted = np.sort(rows[start : start + size]).tolist()
-                found = table.take_row_ids(wanted).select(names).to_arrow()
-            places = np.argsort(to_ids(found[self.columns.id], self.columns.id, self.uri))
-            for first in range(0, len(places), batch_size):
-                yield found.take(pa.array(places[first : first + batch_size]))
-
-    def _having_vectors(self, found: Any) -> Any:  # noqa: ANN401 pyarrow
-        lists = found[self.columns.vector]
-        return found.filter(lists.is_valid()) if lists.null_count else found
-
-    def _batch(self, found: Any, fields: Sequence[str]) -> VectorBatch:  # noqa: ANN401 pyarrow
-        found = self._having_vectors(found)
-        ids = to_ids(found[self.columns.id], self.columns.id, self.uri)
-        if not len(ids):
-            return VectorBatch(ids=ids, vectors=np.empty((0, self.columns.dim), np.float32))
-        lists = found[self.columns.vector]
-        parts = [part.flatten() for part in lists.chunks if len(part)]
-        gaps = sum(part.null_count for part in parts)
-        if gaps:
-            raise DataError(
-                f"{self.uri}: vectors in '{self.columns.vector}' have {gaps:,} numbers missing; "
-                "correct them, or set the whole vector to null"
-            )
-        numbers = parts[0].to_numpy()
-        if len(parts) > 1:
-            numbers = np.concatenate([part.to_numpy() for part in parts])
-        vectors = numbers.astype(np.float32, copy=False).reshape(len(ids), self.columns.dim)
-        cursor = ids[-1].item()
-        return VectorBatch(
-            ids=ids,
-            vectors=vectors,
-            fields={name: found[name].to_pylist() for name in fields},
-            cursor=cursor.decode() if isinstance(cursor, bytes) else cursor,
-        )
-
-    def _cursor(self, cursor: Cursor) -> Cursor:
-        if not pa.types.is_integer(self.columns.id_kind):
-            return str(cursor)
-        try:
-            return int(cursor)
-        except ValueError:
-            raise ConfigError(f"{self.uri}: cursor '{cursor}' is no row id") from None
-
-    def _sql(self, name: str) -> str:
-        return quoted(name, self.uri)
-
-
-def _where(query: Any, where: str) -> Any:  # noqa: ANN401 lancedb
-    return query.where(where) if where else query
-
-
-def _ascend(ids: Ids) -> bool:
-    return bool((ids[1:] > ids[:-1]).all())
 
 
 def _same(one: Vectors, other: Vectors) -> Mask:
