@@ -31,7 +31,7 @@ from simskip_vdb.errors import (
 
 METRICS = {"cosine": Metric.COSINE, "dot": Metric.DOT, "l2": Metric.EUCLID}
 """By LanceDB's names."""
-_OLDEST = "0.34"
+_OLDEST = (0, 38)  # before, an index was lost when all of its rows were written
 _DTYPES: dict[str, np.dtype[Any]] = {
     "float": np.dtype(np.float32),
     "halffloat": np.dtype(np.float16),
@@ -109,10 +109,11 @@ def open_table(path: Path, name: str | None, uri: str) -> tuple[Callable[[], Any
         UnsupportedIndexError: It is a file, or a table that is written through a log.
         ConfigError: There are several tables, or lancedb is too old.
     """
-    if not hasattr(lancedb.table.LanceTable, "update_field_metadata"):
+    version = tuple(map(int, re.findall(r"\d+", lancedb.__version__)[:2]))
+    if version < _OLDEST:
         raise ConfigError(
             f"{uri}: lancedb {lancedb.__version__} cannot write as safely as this needs; "
-            f"pip install 'lancedb>={_OLDEST}'"
+            f"pip install 'lancedb>={'.'.join(map(str, _OLDEST))}'"
         )
     if not path.exists():
         raise nothing_at(path, uri)

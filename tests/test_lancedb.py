@@ -491,6 +491,12 @@ def test_the_package_is_not_installed(folder: Path, monkeypatch: pytest.MonkeyPa
         open_store(f"lancedb:{folder}")
 
 
+def test_an_older_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lancedb, "__version__", "0.37.1")
+    with pytest.raises(ConfigError, match=r"lancedb 0\.37\.1.*'lancedb>=0\.38'"):
+        open_store(f"lancedb:{folder}")
+
+
 def test_jobs(folder: Path) -> None:
     job = Job(name="a", line=1, index=f"lancedb:{folder}?table=a", group_field="g")
     assert not list(conflicts(job))
@@ -583,36 +589,37 @@ def test_a_writer_beside_it_keeps_its_rows(folder: Path, rng: np.random.Generato
 
 WRITER = """
 import json, sys, time
+from pathlib import Path
 import lancedb, numpy as np
 table = lancedb.connect(sys.argv[1]).open_table("docs")
-rng, last = np.random.default_rng(3), {}
+rng, last, number = np.random.default_rng(3), {}, 0
 print("ready", flush=True)
-for number in range(60):
-    row = int(rng.integers(2000))
+while not Path(sys.argv[2]).exists():
+    row, number = int(rng.integers(2000)), number + 1
     table.update(where=f"id = {row}", values={"vector": [100.0 + number] * 4})
     last[row] = 100.0 + number
+    time.sleep(0.03)
 print(json.dumps(last))
 """
 
 
-def test_a_process_that_writes_all_the_time(folder: Path) -> None:
+def test_a_process_that_writes_all_the_time(folder: Path, tmp_path: Path) -> None:
     vectors = np.random.default_rng(5).standard_normal((2000, D)).astype(np.float32)
     make(folder, range(2000), vectors)
-    store = LanceStore(folder)
-    with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(folder)], stdout=subprocess.PIPE, text=True
-    ) as writer:
+    store, stop, rounds = LanceStore(folder), tmp_path / "stop", 3
+    command = [sys.executable, "-c", WRITER, str(folder), str(stop)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout
         assert writer.stdout.readline() == "ready\n"
-        rounds = 0
-        while writer.poll() is None:
-            rounds += 1
-            store.update(
-                batch(range(2000), np.full((2000, D), -rounds)),
-                lambda now: np.asarray((now.vectors < 50).all(axis=1)),
-            )
+        try:
+            for number in range(rounds):
+                store.update(
+                    batch(range(2000), np.full((2000, D), -1.0 - number)),
+                    lambda now: np.asarray((now.vectors < 50).all(axis=1)),
+                )
+        finally:
+            stop.touch()
         last = json.loads(writer.stdout.read())
-    assert rounds > 1
     found = raw(folder)[1][:, 0]
     theirs = np.array([int(row) for row in last])
     np.testing.assert_array_equal(found[theirs], list(last.values()))
