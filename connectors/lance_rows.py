@@ -47,7 +47,9 @@ class Held(NamedTuple):
     guards: Any
 
     def some(self, chosen: Positions) -> Held:
-        """Return some of them."""
+        """Return some of them; `chosen` is ascending."""
+        if len(chosen) == len(self.at):
+            return self
         rows = VectorBatch(ids=self.rows.ids[chosen], vectors=self.rows.vectors[chosen])
         guards = None if self.guards is None else self.guards.take(pa.array(chosen))
         return Held(self.at[chosen], rows, self.addresses[chosen], guards)
@@ -193,7 +195,9 @@ class LanceRows(LanceScan):
         name = self.sql(self.columns.id)
         where = "" if self.filter is None else f" AND ({self.filter})"
         span = between(ids, name)
-        if table.count_rows(span) <= 2 * len(ids):
+        most = 2 * len(ids)
+        dense = ids.dtype.kind != "S" and int(ids.max()) - int(ids.min()) < most
+        if dense or table.count_rows(span) <= most:
             return span + where
         return among(ids, name) + where
 
