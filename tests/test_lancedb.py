@@ -19,6 +19,7 @@ from lancedb.index import BTree, IvfFlat
 
 from simskip_vdb.cli import cli
 from simskip_vdb.connectors import open_store
+from simskip_vdb.connectors.lance_rows import LanceRows
 from simskip_vdb.connectors.lance_store import LanceStore
 from simskip_vdb.datatypes import ID_TEXT, Ids, Mask, Metric, VectorBatch, Vectors, silent
 from simskip_vdb.errors import (
@@ -440,6 +441,25 @@ def test_the_newer_write_wins(folder: Path, vectors: Vectors, how: str, guard: s
         np.testing.assert_array_equal(np.array(rows[row], np.float32), vectors[row] + 5)
     assert len(rows) == N - (how == "delete")
     assert calls[0] == [0, 1, 2]
+
+
+def test_a_guard_is_compared_by_the_engine(
+    folder: Path, vectors: Vectors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make(folder, range(N), vectors, g=pa.array(range(N)))
+    table.create_index("id", config=BTree())
+    monkeypatch.setattr(LanceRows, "_give_back", lambda *arguments: None)
+    theirs = pa.table({"id": [1], "vector": lists(vectors[:1] * 0 + 9), "g": [1000]})
+
+    def allowed(now: VectorBatch) -> Mask:
+        if now.fields["g"][-1] == 2 and 1 in now.fields["g"]:
+            table.merge_insert("id").when_matched_update_all().execute(theirs)
+        return np.array([guard < 1000 for guard in now.fields["g"]])
+
+    store = LanceStore(folder, guard_field="g")
+    written = store.update(batch([0, 1, 2], vectors[:3] + 5), allowed)
+    assert written.tolist() == [True, False, True]
+    np.testing.assert_array_equal(raw(folder)[1][1], [9] * D)
 
 
 def test_a_table_that_is_made_anew_meanwhile(folder: Path, vectors: Vectors) -> None:
