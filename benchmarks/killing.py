@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import closing
@@ -24,7 +25,9 @@ from typing import Any, NamedTuple
 
 import apsw
 import faiss
+import lancedb
 import numpy as np
+import pyarrow as pa
 import qdrant_edge as edge
 import sqlite_vec
 from numpy.typing import NDArray
@@ -43,6 +46,7 @@ NEEDED = (  # by a run, which imports them when it comes to that
     "pytrec_eval",
     "simskip_vdb.connectors.edge_store",
     "simskip_vdb.connectors.faiss_store",
+    "simskip_vdb.connectors.lance_store",
     "simskip_vdb.connectors.qdrant_store",
     "simskip_vdb.connectors.sqlite_store",
     "simskip_vdb.upkeep",
@@ -293,7 +297,41 @@ def _sqlite(folder: Path) -> Any:  # noqa: ANN401 a connection of apsw
     return db
 
 
-KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local(), SqliteVec())
+class Lance(Kind):
+    """A LanceDB table, which is written several thousand rows a version."""
+
+    name = "LanceDB"
+    rows = 20_000
+
+    def uri(self, folder: Path) -> str:
+        return f"lancedb:{folder / 'x'}?metric=dot"
+
+    def build(self, folder: Path) -> None:
+        flat = pa.array(self.vectors().ravel())
+        rows = {
+            "id": self.ids,
+            "vector": pa.FixedSizeListArray.from_arrays(flat, self.dim),
+            "n": self.ids,
+        }
+        lancedb.connect(folder / "x").create_table("docs", pa.table(rows))
+
+    def read(self, folder: Path) -> Rows:
+        table = lancedb.connect(folder / "x").open_table("docs")
+        rows = table.to_arrow().sort_by("id")
+        numbers = np.concatenate([part.flatten().to_numpy() for part in rows["vector"].chunks])
+        vectors = numbers.reshape(-1, self.dim)
+        queries = table.search(vectors[:QUERIES], vector_column_name="vector")
+        found = queries.distance_type("dot").limit(NEIGHBOURS).select(["id", "_distance"])
+        hits = found.to_arrow().sort_by([("query_index", "ascending"), ("_distance", "ascending")])
+        return Rows(
+            rows["id"].to_numpy(),
+            vectors,
+            rows["n"].to_numpy(),
+            hits["id"].to_numpy().reshape(-1, NEIGHBOURS),
+        )
+
+
+KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local(), SqliteVec(), Lance())
 
 
 @dataclass
@@ -483,7 +521,9 @@ def expect(holds: bool, message: str) -> None:
 
 def in_child(work: Callable[[], object], kill_after: float | None = None) -> int:
     """Run something in a fork of this process; return its exit code, negative for a signal."""
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lancedb fork support is experimental")
+        child = os.fork()
     if child == 0:
         try:
             work()

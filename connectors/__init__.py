@@ -51,6 +51,7 @@ _BUILT_IN = {
         _BuiltIn("simskip_vdb.connectors.chroma_store", "ChromaStore", "chroma"),
     ),
     "sqlite-vec": _BuiltIn("simskip_vdb.connectors.sqlite_store", "SqliteStore", "sqlite-vec"),
+    "lancedb": _BuiltIn("simskip_vdb.connectors.lance_store", "LanceStore", "lancedb"),
     "qdrant-edge": _BuiltIn("simskip_vdb.connectors.edge_store", "EdgeStore", "edge"),
     **dict.fromkeys(
         ("qdrant", "qdrant+https", "qdrant-local"),
@@ -88,7 +89,8 @@ def open_store(
         originals: Where a store holds lossy codes, the exact vectors behind them: a ``.npy`` file
             in the order of its rows, or another store that has the same ids.
         originals_ids: A file with the id of each vector in the ``.npy`` file, one a line.
-        filter: Which rows of a collection are meant: ``FIELD=VALUE``, or Qdrant's filter as JSON.
+        filter: Which rows of a collection are meant: ``FIELD=VALUE``, or Qdrant's filter as JSON;
+            of a LanceDB table, SQL.
         guard_field: Payload field that the application changes on each of its writes.
 
     Raises:

@@ -25,7 +25,7 @@ _ARRAYS = ("npy", "npz", "safetensors")
 _FILES = ("parquet", *_ARRAYS, "llama-index", "sqlite-vec", "chroma")
 _MODES = {
     **dict.fromkeys(("faiss", *_FILES), (IN_PLACE,)),
-    **dict.fromkeys(("chroma", "chroma+http", "postgresql", "postgres"), (IN_PLACE,)),
+    **dict.fromkeys(("chroma+http", "lancedb", "postgresql", "postgres"), (IN_PLACE,)),
     "qdrant-edge": (IN_PLACE, NEW_VECTOR),
 }
 """What can be written, where not every mode can."""
@@ -36,10 +36,9 @@ _USELESS: Mapping[str, tuple[tuple[str, ...], str]] = defaultdict(
     parquet=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     llama=(("filter", "guard_field", "originals"), "{} is read and written whole"),
     **dict.fromkeys(
-        ("chroma", "postgresql", "postgres", "sqlite"),
+        ("chroma", "lancedb", "postgresql", "postgres", "qdrant", "sqlite"),
         (("originals",), "{} holds its vectors itself"),
     ),
-    qdrant=(("originals",), "{} holds its vectors itself"),
     **dict.fromkeys(_ARRAYS, ((*_PAYLOAD, "originals"), "rows of {} have no payload")),
 )
 """Keys that mean nothing to a scheme, and why."""
@@ -190,7 +189,7 @@ def identity(job: Job) -> object:
     place, _, query = job.index.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     rest = place.partition(":")[2]
-    if scheme in (*_FILES, "qdrant-edge", "qdrant-local"):
+    if scheme in (*_FILES, "lancedb", "qdrant-edge", "qdrant-local"):
         rest = os.path.realpath(unquote(rest))
     elif scheme in ("qdrant", "qdrant+https"):
         parts = urlsplit(place)
@@ -199,4 +198,5 @@ def identity(job: Job) -> object:
     rows = job.filter or options.get("filter")
     with suppress(ConfigError):
         rows = filter_text(parse_filter(rows))
-    return scheme, rest, *map(options.get, ("collection", "vector", "key", "shard_key")), rows
+    names = ("collection", "vector", "key", "shard_key", "table", "column")
+    return scheme, rest, *map(options.get, names), rows

@@ -67,8 +67,8 @@ index = _together(
     click.argument("index"),
     click.option(
         "--filter",
-        metavar="FIELD=VALUE|JSON",
-        help="Only these rows of a Qdrant collection, such as one tenant's.",
+        metavar="FIELD=VALUE|JSON|SQL",
+        help="Only these rows of a Qdrant collection, such as one tenant's; SQL for LanceDB.",
     ),
 )
 json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

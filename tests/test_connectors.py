@@ -94,7 +94,7 @@ def test_third_party_connectors_come_by_entry_point(monkeypatch: pytest.MonkeyPa
     assert open_store("mine:here", read_only=True).info().count == 2
     with pytest.raises(ConfigError, match=r"'broken' .*Nothing"):
         open_store("broken:here")
-    with pytest.raises(ConfigError, match="broken, faiss, llama-index, mine"):
+    with pytest.raises(ConfigError, match=r"broken, .*faiss, .*mine"):
         open_store("other:here")
 
 

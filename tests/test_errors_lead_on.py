@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from simskip_vdb.cli import cli
 
 NEXT = re.compile(
-    r"--[a-z-]+|simskip [a-z]+|did you mean|look with: ls|known: faiss|are .* right|or lines",
+    r"--[a-z-]+|simskip [a-z]+|did you mean|look with: ls|known: |are .* right|or lines",
     re.IGNORECASE,
 )
 MISTAKES = {

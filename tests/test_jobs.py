@@ -256,7 +256,7 @@ device = "gpu"
     ("index", "''", "index is empty"),
     ("index", '"a\\nb"', "holds a line break"),
     ("index", '"a\\u0000b"', "holds a line break or another"),
-    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: faiss, llama-index, npy, npz, "),
+    ("index", "'pinecone:x'", "unknown scheme 'pinecone:'; known: "),
     ("queries", "'nowhere.npy'", "nowhere.npy, which does not exist; give a file"),
     ("judgments", "'q.npy'", "q.npy, which is a file; create the folder"),
     ("judgments", "'nowhere'", "nowhere, which does not exist; create the folder"),

@@ -14,7 +14,7 @@ KILLS = 12
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("store", ["FAISS IVF", "Qdrant Edge", "Qdrant local"])
+@pytest.mark.parametrize("store", ["FAISS IVF", "Qdrant Edge", "Qdrant local", "LanceDB"])
 def test_kills_at_random_instants_lose_nothing(store: str, tmp_path: Path) -> None:
     saved = tmp_path / "crashes.json"
     arguments = ["--kills", str(KILLS), "--only", store, "--save", str(saved)]
