@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +232,7 @@ else:
 LOOK = """
 import sys, numpy as np
 sys.path.insert(0, sys.argv[2])
+from collections.abc import Iterator
 from pathlib import Path
 from test_chroma import rows_of
 np.save(sys.argv[3], rows_of(Path(sys.argv[1]))[1])
@@ -305,3 +309,54 @@ def test_what_is_no_chroma(tmp_path: Path) -> None:
         open_store(f"chroma:{tmp_path}/empty")
     with pytest.raises(TransientStoreError, match="does the server run"):
         open_store("chroma+http://localhost:1/docs")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[int]:
+    """A server of Chroma's own on a free port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    program = Path(sys.executable).with_name("chroma")
+    if not program.is_file():
+        pytest.skip("there is no program 'chroma' beside Python")
+    words = [str(program), "run", "--path", str(tmp_path / "served"), "--port", str(port)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        try:
+            for _ in range(300):
+                with contextlib.suppress(Exception):
+                    chromadb.HttpClient(host="localhost", port=port).heartbeat()
+                    break
+                time.sleep(0.1)
+            yield port
+        finally:
+            running.kill()
+
+
+def test_a_collection_of_a_server(
+    tmp_path: Path, vectors: Vectors, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "states"))
+    client = chromadb.HttpClient(host="localhost", port=server)
+    docs = client.create_collection(
+        "docs", embedding_function=None, configuration={"hnsw": {"space": "l2"}}
+    )
+    names = id_names(ids_for(50))
+    docs.add(ids=names, embeddings=vectors, documents=[f"body {name}" for name in names])
+    uri = f"chroma+http://localhost:{server}/docs"
+
+    def rows() -> Vectors:
+        found = docs.get(ids=names, include=["embeddings"])
+        order = np.argsort(found["ids"])
+        return np.asarray(found["embeddings"], np.float32)[order]
+
+    refiner = refine(uri, tmp_path)
+    np.testing.assert_array_equal(rows(), refiner.refine_rows(vectors, ids_for(50)))
+    docs.update(ids=["doc-00007"], embeddings=np.full((1, D), 3, np.float32))
+    ss.rollback(open_store(uri))
+    wanted = vectors.copy()
+    wanted[7] = 3
+    np.testing.assert_array_equal(rows(), wanted)
+    assert docs.get(ids=["doc-00003"])["documents"] == ["body doc-00003"]
+    with pytest.raises(StoreNotFoundError, match="no collection 'gone'"):
+        open_store(uri.replace("docs", "gone"))
