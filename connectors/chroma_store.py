@@ -14,7 +14,6 @@ from urllib.parse import quote, unquote, urlsplit
 import chromadb
 import numpy as np
 import platformdirs
-from chromadb.config import Settings
 from chromadb.errors import ChromaError, NotFoundError
 
 from simskip_vdb.connectors.addresses import address_of, parse_address
@@ -53,7 +52,6 @@ _DOCUMENT = "document"
 _SAMPLED = 1000
 _ROUNDING = 1e-5
 _SPACE = "hnsw:space"
-_SETTINGS = Settings(anonymized_telemetry=False)
 
 
 class ChromaStore(LiveRows):
@@ -294,7 +292,7 @@ class ChromaStore(LiveRows):
 def _connected(host: str) -> Any:  # noqa: ANN401 a client of chromadb
     name, _, port = host.rpartition(":")
     try:
-        return chromadb.HttpClient(host=name, port=int(port), settings=_SETTINGS)
+        return chromadb.HttpClient(host=name, port=int(port))
     except (ValueError, OSError, ChromaError) as error:
         raise TransientStoreError(
             f"{_HTTP}://{host}: no answer ({_first_line(error)}); does the server run, and "
@@ -310,7 +308,8 @@ def _opened(folder: Path, where: str) -> Any:  # noqa: ANN401 a client of chroma
             f"{where}: this is no folder of Chroma's; there is no {_FILE} in it"
         )
     try:
-        return chromadb.PersistentClient(str(folder), settings=_SETTINGS)
+        # Of one folder, a process has clients of the same settings only: these are what most have.
+        return chromadb.PersistentClient(str(folder))
     except Exception as error:  # chromadb raises what its layers do
         raise StoreError(
             f"{where}: it cannot be opened ({_first_line(error)}); a folder of an older Chroma is "

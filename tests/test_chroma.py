@@ -39,8 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def client_of(folder: Path) -> Any:  # noqa: ANN401 chromadb's
-    settings = chromadb.config.Settings(anonymized_telemetry=False)
-    return chromadb.PersistentClient(str(folder), settings=settings)
+    return chromadb.PersistentClient(str(folder))
 
 
 def make_collection(
@@ -360,3 +359,51 @@ def test_a_collection_of_a_server(
     assert docs.get(ids=["doc-00003"])["documents"] == ["body doc-00003"]
     with pytest.raises(StoreNotFoundError, match="no collection 'gone'"):
         open_store(uri.replace("docs", "gone"))
+
+
+def test_a_folder_of_langchain(tmp_path: Path, vectors: Vectors) -> None:
+    package = pytest.importorskip("langchain_chroma")
+    base: Any = pytest.importorskip("langchain_core.embeddings").Embeddings
+
+    class Known(base):  # type: ignore[misc]
+        """Embeds a number as the row of that number."""
+
+        def embed_documents(self, texts: list[str]) -> list[list[float]]:
+            return [vectors[int(text)].tolist() for text in texts]
+
+        def embed_query(self, text: str) -> list[float]:
+            return self.embed_documents([text])[0]
+
+    folder = tmp_path / "chroma_db"
+    texts = [str(at) for at in range(50)]
+    metadatas = [{"source": f"s{at}"} for at in range(50)]
+    package.Chroma.from_texts(texts, Known(), metadatas, persist_directory=str(folder))
+    store = open_store(f"chroma:{folder}")
+    found = list(store.scan(100, fields=["source", "document"]))
+    rows = [int(text) for batch in found for text in batch.fields["document"]]
+    assert [s for batch in found for s in batch.fields["source"]] == [f"s{row}" for row in rows]
+    refiner = refine(f"chroma:{folder}", tmp_path)
+    ids = np.concatenate([batch.ids for batch in found])
+    wanted = refiner.refine_rows(vectors[rows], ids)
+    now = np.concatenate([b.vectors for b in open_store(f"chroma:{folder}").scan(100)])
+    np.testing.assert_array_equal(now, wanted)
+    loaded = package.Chroma(persist_directory=str(folder), embedding_function=Known())
+    assert len(loaded.similarity_search("3", k=5)) == 5
+    assert ss.rollback(open_store(f"chroma:{folder}"))["exact"]
+
+
+def test_a_folder_of_llama_index(tmp_path: Path, vectors: Vectors) -> None:
+    package = pytest.importorskip("llama_index.vector_stores.chroma")
+    schema = pytest.importorskip("llama_index.core.schema")
+    folder = tmp_path / "chroma_db"
+    made = client_of(folder).create_collection("quickstart", embedding_function=None)
+    nodes = [
+        schema.TextNode(id_=f"n{at:02}", text=str(at), metadata={"source": f"s{at}"}, embedding=row)
+        for at, row in enumerate(vectors.tolist())
+    ]
+    package.ChromaVectorStore(chroma_collection=made).add(nodes)
+    (batch,) = open_store(f"chroma:{folder}").scan(100, fields=["source"])
+    assert [*batch.fields["source"]] == [f"s{at}" for at in range(50)]
+    refine(f"chroma:{folder}", tmp_path)
+    assert ss.rollback(open_store(f"chroma:{folder}"))["exact"]
+    np.testing.assert_array_equal(rows_of(folder, "quickstart")[1], vectors)
