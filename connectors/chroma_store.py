@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -89,6 +90,7 @@ class ChromaStore(LiveRows):
             UnsupportedIndexError: It cannot be refined.
         """
         self._uri, self._read_only, self._guard = uri, read_only, guard_field
+        self._close = weakref.finalize(self, client.close)
         self._filter, self._vector = filter, ""
         self._where = _where(filter, uri)
         with self._errors("looking for the collection"):
@@ -147,6 +149,16 @@ class ChromaStore(LiveRows):
             filter=condition,
             guard_field=guard_field,
         )
+
+    def __enter__(self) -> ChromaStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the client; clients of the same folder that others have stay open."""
+        self._close()
 
     def info(self) -> StoreInfo:
         """Describe the collection."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import socket
 import subprocess
@@ -36,6 +37,13 @@ chromadb: Any = pytest.importorskip("chromadb")
 D = 8
 SPACES = {Metric.COSINE: "cosine", Metric.EUCLID: "l2", Metric.DOT: "ip"}
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    yield
+    gc.collect()
+    chromadb.api.client.SharedSystemClient.clear_system_cache()
 
 
 def client_of(folder: Path) -> Any:  # noqa: ANN401 chromadb's
