@@ -7,7 +7,7 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -52,6 +52,9 @@ _VECTORS = re.compile(
 _METRICS = {"l2": Metric.EUCLID, "": Metric.EUCLID, "cosine": Metric.COSINE}
 _MOST_NEIGHBOURS = 4096
 _WAIT_MS = 10_000
+_WINDOW_BYTES = 32 << 20
+_ROWS_PASSED = 200
+"""Rows that sqlite-vec passes over in the time that it takes to look up one by its id."""
 _NOTES = "simskip"
 
 
@@ -197,31 +200,41 @@ class SqliteStore(LiveRows):
     def _pages(
         self, batch_size: int, fields: Sequence[str], cursor: Cursor | None
     ) -> Iterator[VectorBatch]:
-        """Yield rows by ascending id: all ids first, since the table finds rows by id alone."""
-        start = "" if cursor is None else f"AND {self._key} > ?"
+        """Yield rows by ascending id: the table has no order, so windows of them are sorted."""
+        later = "" if cursor is None else f"AND {self._key} > ?"
         with self._errors("reading ids"):
             found = self._run(
-                f"SELECT {self._key} FROM {{rows}} {start} ORDER BY {self._key}",
+                f"SELECT {self._key} FROM {{rows}} {later} ORDER BY {self._key}",
                 () if cursor is None else (cursor,),
             )
         ids = self._ids([row[0] for row in found])
-        for begin in range(0, len(ids), batch_size):
-            some = ids[begin : begin + batch_size]
-            batch = replace(self._rows_of(some, fields), cursor=_plain(some[-1]))
-            if len(batch):
-                yield batch
+        size = max(1, _WINDOW_BYTES // (4 * self._dim))
+        for begin in range(0, len(ids), size):
+            some = ids[begin : begin + size]
+            ends = [_plain(some[0]), _plain(some[-1])]
+            window = self._rows_where(f"{self._key} BETWEEN ? AND ?", [ends], fields)
+            order = np.argsort(window.ids, kind="stable")
+            for start in range(0, len(order), batch_size):
+                page = order[start : start + batch_size]
+                yield window.take(page, _plain(window.ids[page[-1]]))
 
     def _read(self, ids: Ids) -> VectorBatch:
-        with self._errors("reading rows"):
-            return self._rows_of(ids, [] if self._guard is None else [self._guard])
+        if ids.dtype.kind != ("S" if self._text else "i"):
+            ids = ids[:0]
+        keys, fields = [_plain(key) for key in ids], [] if self._guard is None else [self._guard]
+        if self._size > _ROWS_PASSED * len(keys):
+            return self._rows_where(f"{self._key} = ?", [[key] for key in keys], fields)
+        some = f"{self._key} IN (SELECT value FROM json_each(?))"
+        return self._rows_where(some, [[json.dumps(keys)]], fields)
 
-    def _rows_of(self, ids: Ids, fields: Sequence[str]) -> VectorBatch:
-        if ids.dtype.kind != ("S" if self._text else "i") and len(ids):
-            return VectorBatch(ids=ids[:0], vectors=np.empty((0, self._dim), np.float32))
+    def _rows_where(
+        self, condition: str, values: Sequence[Sequence[Any]], fields: Sequence[str]
+    ) -> VectorBatch:
+        """Return the rows, in any order, that meet a condition with some of its values."""
         columns = ", ".join([self._key, *map(_name, (self._vector, *fields))])
-        query, given = self._told(f"SELECT {columns} FROM {{rows}} AND {self._key} = ?")
-        with self._errors("reading rows"):  # of several ids at once, it would read the whole table
-            rows = list(self._db.executemany(query, ([*given, _plain(key)] for key in ids)))
+        query, given = self._told(f"SELECT {columns} FROM {{rows}} AND {condition}")
+        with self._errors("reading rows"):
+            rows = list(self._db.executemany(query, ([*given, *some] for some in values)))
         odd = next((row[0] for row in rows if len(row[1]) != 4 * self._dim), None)
         if odd is not None:
             raise DataError(f"{self._uri}: the vector of {odd} has not {self._dim} numbers")
@@ -313,6 +326,13 @@ class SqliteStore(LiveRows):
                 "refined; give a column of float"
             )
         return found
+
+    @cached_property
+    def _size(self) -> int:
+        """Rows of the table, about."""
+        with self._errors("counting rows"):
+            ((count,),) = self._db.execute(f"SELECT count(*) FROM {_name(self._table)}")
+        return int(count)
 
     @property
     def _key(self) -> str:
