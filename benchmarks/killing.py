@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
+import chromadb
 import faiss
 import lancedb
 import numpy as np
@@ -44,6 +45,7 @@ NEEDED = (  # by a run, which imports them when it comes to that
     "portalocker",
     "pyarrow.compute",
     "pytrec_eval",
+    "simskip_vdb.connectors.chroma_store",
     "simskip_vdb.connectors.edge_store",
     "simskip_vdb.connectors.faiss_store",
     "simskip_vdb.connectors.lance_store",
@@ -331,7 +333,44 @@ class Lance(Kind):
         )
 
 
-KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local(), SqliteVec(), Lance())
+class Chroma(Kind):
+    """A collection of Chroma, whose search passes every row."""
+
+    name = "Chroma"
+    rows = 700
+
+    @property
+    def row_ids(self) -> Ids:
+        return self.ids.astype(ID_TEXT)
+
+    def uri(self, folder: Path) -> str:
+        return f"chroma:{folder / 'x'}"
+
+    def build(self, folder: Path) -> None:
+        docs = chromadb.PersistentClient(str(folder / "x")).create_collection(
+            "docs",
+            embedding_function=None,
+            configuration={"hnsw": {"space": "ip", "ef_search": self.rows}},
+        )
+        docs.add(
+            ids=[str(key) for key in self.ids],
+            embeddings=self.vectors(),
+            metadatas=[{"n": key} for key in self.ids.tolist()],
+        )
+
+    def read(self, folder: Path) -> Rows:
+        client = chromadb.PersistentClient(str(folder / "x"))
+        docs = client.get_collection("docs", embedding_function=None)
+        rows = docs.get(include=["embeddings", "metadatas"])
+        ids = np.array(rows["ids"], np.int64)
+        order = np.argsort(ids)
+        vectors = np.asarray(rows["embeddings"], np.float32)[order]
+        payload = np.array([row["n"] for row in rows["metadatas"]])[order]
+        found = docs.query(query_embeddings=vectors[:QUERIES], n_results=NEIGHBOURS)["ids"]
+        return Rows(ids[order], vectors, payload, np.array(found).astype(np.int64))
+
+
+KINDS: tuple[Kind, ...] = (FaissFlat(), Faiss(), Edge(), Local(), SqliteVec(), Lance(), Chroma())
 
 
 @dataclass
