@@ -365,7 +365,7 @@ class Chroma(Kind):
         ids = np.array(rows["ids"], np.int64)
         order = np.argsort(ids)
         vectors = np.asarray(rows["embeddings"], np.float32)[order]
-        payload = np.array([row["n"] for row in rows["metadatas"]])[order]
+        payload = np.array([row["n"] for row in rows["metadatas"] or []])[order]
         found = docs.query(query_embeddings=vectors[:QUERIES], n_results=NEIGHBOURS)["ids"]
         return Rows(ids[order], vectors, payload, np.array(found).astype(np.int64))
 
