@@ -23,6 +23,7 @@ type: $(VENV)/dev.done  ## mypy, strict
 bench: $(VENV)/dev.done  ## measured numbers, written to benchmarks/results; the last three need data
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/faiss_types.py
+	$(BIN)/python benchmarks/stores.py
 	$(BIN)/python benchmarks/edge_refine.py
 	$(BIN)/python benchmarks/fortnight.py
 	$(BIN)/python benchmarks/crashes.py
