@@ -270,7 +270,7 @@ class SqliteVec(Kind):
         return f"sqlite-vec:{folder / 'x.db'}"
 
     def build(self, folder: Path) -> None:
-        with closing(_sqlite(folder)) as db, db:
+        with closing(sqlite(folder)) as db, db:
             columns = (
                 f"id integer primary key, v float[{self.dim}] distance_metric=cosine, +n integer"
             )
@@ -280,7 +280,7 @@ class SqliteVec(Kind):
             db.executemany("INSERT INTO docs (id, v, n) VALUES (?, ?, ?)", values)
 
     def read(self, folder: Path) -> Rows:
-        with closing(_sqlite(folder)) as db:
+        with closing(sqlite(folder)) as db:
             rows = list(db.execute("SELECT id, v, n FROM docs ORDER BY id"))
             vectors = np.array([np.frombuffer(v, np.float32) for _, v, _ in rows])
             near = "SELECT id FROM docs WHERE v MATCH ? AND k = ?"
@@ -292,7 +292,8 @@ class SqliteVec(Kind):
         return Rows(ids, vectors, payload, np.array(found))
 
 
-def _sqlite(folder: Path) -> Any:  # noqa: ANN401 a connection of apsw
+def sqlite(folder: Path) -> Any:  # noqa: ANN401 a connection of apsw
+    """Open a file of SQLite in a folder, with sqlite-vec."""
     db = apsw.Connection(str(folder / "x.db"))
     db.enable_load_extension(True)
     db.load_extension(sqlite_vec.loadable_path())

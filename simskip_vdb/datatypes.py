@@ -184,15 +184,6 @@ class VectorBatch:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def take(self, order: Positions, cursor: Cursor | None) -> VectorBatch:
-        """Return rows in this order, with another cursor."""
-        return VectorBatch(
-            ids=self.ids[order],
-            vectors=self.vectors[order],
-            fields={k: [column[i] for i in order.tolist()] for k, column in self.fields.items()},
-            cursor=cursor,
-        )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Neighbors:
