@@ -24,9 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import apsw
-import chromadb
 import faiss
-import lancedb
 import numpy as np
 import pyarrow as pa
 import qdrant_edge as edge
@@ -42,16 +40,15 @@ COMMANDS = REFINE, ROLLBACK = "refine", "rollback"
 NEEDED = (  # by a run, which imports them when it comes to that
     "filelock",
     "ir_measures",
+    "jinja2",
+    "multiprocessing.synchronize",
+    "pandas",
     "portalocker",
     "pyarrow.compute",
     "pytrec_eval",
-    "simskip_vdb.connectors.chroma_store",
-    "simskip_vdb.connectors.edge_store",
-    "simskip_vdb.connectors.faiss_store",
-    "simskip_vdb.connectors.lance_store",
-    "simskip_vdb.connectors.qdrant_store",
-    "simskip_vdb.connectors.sqlite_store",
+    "simskip_vdb.clicks",
     "simskip_vdb.upkeep",
+    "threadpoolctl",
 )
 QUERIES, NEIGHBOURS = 8, 5
 NOTHING_TO_UNDO = 2  # the exit code of a rollback that finds originals
@@ -78,6 +75,7 @@ class Kind(ABC):
 
     Attributes:
         name: What people call it.
+        connector: The module that opens it; what that imports, other kinds do without.
         rows: Rows of an index.
         dim: Their dimension.
         metric: How they are compared.
@@ -85,6 +83,7 @@ class Kind(ABC):
     """
 
     name: str
+    connector: str
     rows = 4000
     dim = 32
     metric = Metric.DOT
@@ -122,6 +121,7 @@ class Faiss(Kind):
     """A FAISS file: IVF Flat with ids of its own."""
 
     name = "FAISS IVF"
+    connector = "faiss_store"
 
     def uri(self, folder: Path) -> str:
         return f"faiss:{folder / 'x.faiss'}"
@@ -189,6 +189,7 @@ class Edge(Qdrant):
     """A Qdrant Edge shard in a folder."""
 
     name = "Qdrant Edge"
+    connector = "edge_store"
 
     def uri(self, folder: Path) -> str:
         return f"qdrant-edge:{folder / 'x'}"
@@ -228,6 +229,7 @@ class Local(Qdrant):
     """A folder of the Qdrant client's local mode, which commits each point by itself."""
 
     name = "Qdrant local"
+    connector = "qdrant_store"
     rows = 300
     dim = 16
     tolerance = 1e-6
@@ -264,6 +266,7 @@ class SqliteVec(Kind):
     """A table of sqlite-vec."""
 
     name = "sqlite-vec"
+    connector = "sqlite_store"
     metric = Metric.COSINE
 
     def uri(self, folder: Path) -> str:
@@ -304,12 +307,15 @@ class Lance(Kind):
     """A LanceDB table, which is written several thousand rows a version."""
 
     name = "LanceDB"
+    connector = "lance_store"
     rows = 20_000
 
     def uri(self, folder: Path) -> str:
         return f"lancedb:{folder / 'x'}?metric=dot"
 
     def build(self, folder: Path) -> None:
+        import lancedb
+
         flat = pa.array(self.vectors().ravel())
         rows = {
             "id": self.ids,
@@ -319,6 +325,8 @@ class Lance(Kind):
         lancedb.connect(folder / "x").create_table("docs", pa.table(rows))
 
     def read(self, folder: Path) -> Rows:
+        import lancedb
+
         table = lancedb.connect(folder / "x").open_table("docs")
         rows = table.to_arrow().sort_by("id")
         numbers = np.concatenate([part.flatten().to_numpy() for part in rows["vector"].chunks])
@@ -338,6 +346,7 @@ class Chroma(Kind):
     """A collection of Chroma, whose search passes every row."""
 
     name = "Chroma"
+    connector = "chroma_store"
     rows = 700
 
     @property
@@ -348,6 +357,8 @@ class Chroma(Kind):
         return f"chroma:{folder / 'x'}"
 
     def build(self, folder: Path) -> None:
+        import chromadb
+
         docs = chromadb.PersistentClient(str(folder / "x")).create_collection(
             "docs",
             embedding_function=None,
@@ -360,6 +371,8 @@ class Chroma(Kind):
         )
 
     def read(self, folder: Path) -> Rows:
+        import chromadb
+
         client = chromadb.PersistentClient(str(folder / "x"))
         docs = client.get_collection("docs", embedding_function=None)
         rows = docs.get(include=["embeddings", "metadatas"])
@@ -409,7 +422,7 @@ class Campaign:
     def __init__(self, kind: Kind, work: Path, rng: np.random.Generator) -> None:
         self.kind, self.work, self.rng = kind, work, rng
         self.outcome = Outcome()
-        for module in NEEDED:
+        for module in (*NEEDED, f"simskip_vdb.connectors.{kind.connector}"):
             import_module(module)
         self._first, self._now, self._refiner = work / "first", work / "now", work / "refiner"
         self._first.mkdir(parents=True)
